@@ -1,0 +1,264 @@
+"""Greedy k-center selection: schema, checks, fake kernels, choice of backend."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import DTYPES, ArgumentTypeError, define, expect, expect_type, is_concrete
+
+METRICS = ("cosine", "euclidean")
+INT = (int, torch.SymInt)
+OPTIONAL_TENSOR = (Tensor, type(None))
+
+
+class KCenter(NamedTuple):
+    """Chosen tokens in order of choice, and the distance of each to the set when chosen."""
+
+    indices: Tensor
+    radii: Tensor
+
+
+def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
+    """Choose k tokens, each the farthest from those chosen before it.
+
+    Greedy k-center (farthest-first traversal): the next token is the allowed one whose
+    greatest similarity to the chosen set is least; ties go to the lowest index. Every
+    prefix of the answer is the answer for a smaller budget.
+
+    Parameters
+    ----------
+    x : Tensor [B, N, D] or [N, D], float32, float16 or bfloat16
+        Tokens, any strides. Arithmetic is float32.
+    k : int
+        Tokens to choose, seeds included; 1 <= k <= number of tokens allowed.
+    seeds : Tensor [B, P] or [P], int64, optional
+        Centers already chosen, all different. They open the output in their order and need
+        not be allowed by `mask`. Without seeds the first allowed finite token opens.
+    mask : Tensor [B, N] or [N], bool, optional
+        True where a token may be chosen.
+    metric : {"cosine", "euclidean"}
+        Distance 1 - cos (a zero vector has similarity 0 to everything) or the Euclidean
+        distance, computed as sqrt(|x|^2 + |y|^2 - 2 x.y): absolute error about
+        sqrt(1e-7 (|x|^2 + |y|^2)) for nearly equal tokens.
+
+    Returns
+    -------
+    indices : Tensor [B, k] or [k], int64
+        In order of choice. No token appears twice.
+    radii : Tensor [B, k] or [k], float32
+        Distance of each token to the set when it was chosen: inf for seeds and for a first
+        token chosen without seeds, then non-increasing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched. Values (seeds in range and different,
+        enough tokens allowed) are checked on CPU always, on CUDA when PRUNEOPS_DEBUG=1; an
+        unchecked CUDA call that runs out of allowed tokens returns index -1, radius NaN.
+
+    Notes
+    -----
+    A token with a NaN, an infinity, or a squared norm above float32's range / 4 is chosen
+    only after all others, in index order, with radius NaN, and counts as near to no other.
+    Not differentiable.
+
+    Source: Gonzalez 1985; stage 1 of ToDRE (arXiv:2505.18757), Algorithm 1, with chosen
+    tokens taken out of the pool.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+    >>> pruneops.kcenter(x, 3).indices
+    tensor([0, 3, 2])
+    """
+    expect_type("kcenter", x=(x, Tensor), k=(k, INT), metric=(metric, str))
+    expect_type("kcenter", seeds=(seeds, OPTIONAL_TENSOR), mask=(mask, OPTIONAL_TENSOR))
+    return KCenter(*torch.ops.pruneops.kcenter(x, k, seeds=seeds, mask=mask, metric=metric))
+
+
+def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
+    """`kcenter` over sequences of different lengths packed into one tensor.
+
+    Parameters
+    ----------
+    x : Tensor [T, D], float32, float16 or bfloat16
+        Tokens of all sequences, one after another.
+    cu_seqlens : Tensor [n + 1], int32 or int64, same device as x
+        Where each sequence starts; first entry 0, last entry T.
+    ks : sequence of n int
+        Budget of every sequence, 0 <= ks[i] <= its length.
+    seeds : Tensor [n, P], int64, optional
+        Centers already chosen in each sequence, as indices into the packed tensor; P <= min(ks).
+    metric : {"cosine", "euclidean"}
+
+    Returns
+    -------
+    indices : Tensor [sum(ks)], int64
+        Indices into the packed tensor: the choices of sequence 0 in their order, then of
+        sequence 1, ...
+    radii : Tensor [sum(ks)], float32
+        As in `kcenter`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `kcenter`; the values of `cu_seqlens`, and `ks` against them, are checked on CPU
+        always, on CUDA when PRUNEOPS_DEBUG=1.
+    """
+    expect_type("kcenter_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), ks=(ks, (list, tuple)))
+    expect_type("kcenter_varlen", seeds=(seeds, OPTIONAL_TENSOR), metric=(metric, str))
+    for i, k in enumerate(ks):
+        expect_type("kcenter_varlen", **{f"ks[{i}]": (k, INT)})
+    return KCenter(*torch.ops.pruneops.kcenter_varlen(x, cu_seqlens, ks, seeds=seeds, metric=metric))
+
+
+def _check_features(op, x, metric, ranks):
+    expect(x.dim() in ranks, op, "x", f"of shape {list(x.shape)}", f"of rank {' or '.join(map(str, ranks))}")
+    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    expect(x.dtype in DTYPES, op, "x", x.dtype, f"one of {names}", ArgumentTypeError)
+    expect(x.shape[-1] > 0, op, "x", f"of shape {list(x.shape)}", "at least one feature wide")
+    expect(metric in METRICS, op, "metric", repr(metric), f"one of {METRICS}")
+
+
+def _check_companion(op, argument, tensor, x, dtypes, shape):
+    """`shape` holds None where any size is allowed."""
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    expect(tensor.dtype in dtypes, op, argument, tensor.dtype, names, ArgumentTypeError)
+    expect(tensor.device == x.device, op, argument, f"on {tensor.device}", f"on the device of x, {x.device}")
+    fits = tensor.dim() == len(shape) and all(want in (None, have) for have, want in zip(tensor.shape, shape))
+    wanted = ", ".join("P" if size is None else str(size) for size in shape)
+    expect(fits, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
+
+
+def _check_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
+    _check_features("kcenter", x, metric, ranks=(2, 3))
+    batch, tokens = tuple(x.shape[:-2]), x.shape[-2]
+    if seeds is not None:
+        _check_companion("kcenter", "seeds", seeds, x, (torch.int64,), (*batch, None))
+    if mask is not None:
+        _check_companion("kcenter", "mask", mask, x, (torch.bool,), (*batch, tokens))
+    expect(k >= 1, "kcenter", "k", k, "at least 1")
+    expect(k <= tokens, "kcenter", "k", k, f"at most the {tokens} tokens of x")
+    if seeds is not None:
+        expect(seeds.shape[-1] <= k, "kcenter", "seeds", f"{seeds.shape[-1]} a row", f"at most k = {k} a row")
+        if is_concrete(seeds):
+            _check_seeds("kcenter", seeds, 0, tokens)
+    if mask is not None and is_concrete(mask) and mask.numel():
+        open_tokens = mask if seeds is None else mask.scatter(-1, seeds, True)
+        fewest = int(open_tokens.sum(-1).min())
+        expect(k <= fewest, "kcenter", "k", k, f"at most the {fewest} tokens that mask and seeds allow")
+
+
+def _check_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
+    op = "kcenter_varlen"
+    _check_features(op, x, metric, ranks=(2,))
+    _check_companion(op, "cu_seqlens", cu_seqlens, x, (torch.int32, torch.int64), (len(ks) + 1,))
+    for i, k in enumerate(ks):
+        expect(k >= 0, op, f"ks[{i}]", k, "at least 0")
+    if seeds is not None:
+        _check_companion(op, "seeds", seeds, x, (torch.int64,), (len(ks), None))
+        fits = seeds.shape[1] <= min(ks, default=0) or seeds.numel() == 0
+        expect(fits, op, "seeds", f"{seeds.shape[1]} a sequence", "no more than the smallest of ks")
+    if not is_concrete(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    expect(bounds[0] == 0, op, "cu_seqlens[0]", bounds[0], "0")
+    expect(bounds[-1] == x.shape[0], op, "cu_seqlens[-1]", bounds[-1], f"the {x.shape[0]} tokens of x")
+    for i, (start, end, k) in enumerate(zip(bounds, bounds[1:], ks)):
+        expect(start <= end, op, "cu_seqlens", f"falling from {start} to {end} at {i}", "non-decreasing")
+        expect(k <= end - start, op, f"ks[{i}]", k, f"at most the {end - start} tokens of sequence {i}")
+        if seeds is not None:
+            _check_seeds(op, seeds[i], start, end)
+
+
+def _check_seeds(op, seeds, start, end):
+    if seeds.numel() == 0:
+        return
+    low, high = int(seeds.min()), int(seeds.max())
+    outside = low if low < start else high
+    expect(start <= low and high < end, op, "seeds", f"{outside} at one place", f"in [{start}, {end})")
+    ordered = seeds.sort(-1).values
+    distinct = bool((ordered[..., 1:] != ordered[..., :-1]).all())
+    expect(distinct, op, "seeds", "the same token twice", "different tokens in each row")
+
+
+def _fake_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
+    shape = (*x.shape[:-2], k)
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
+    return x.new_empty(sum(ks), dtype=torch.int64), x.new_empty(sum(ks), dtype=torch.float32)
+
+
+def _unbatched(run):
+    """Serve [N, D] through a backend that knows [B, N, D] only; lay features next to each other."""
+
+    def call(x, k, *, seeds=None, mask=None, metric="cosine"):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        if x.dim() == 3:
+            return run(x, k, seeds, mask, metric)
+        seeds, mask = (None if t is None else t[None] for t in (seeds, mask))
+        indices, radii = run(x[None], k, seeds, mask, metric)
+        return indices[0], radii[0]
+
+    return call
+
+
+def _packed(run):
+    """Serve any strides and cu_seqlens dtype through a backend that takes int64 and contiguous features."""
+
+    def call(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return run(x, cu_seqlens.to(torch.int64), ks, seeds, metric)
+
+    return call
+
+
+def _native(x, k, seeds, mask, metric):
+    return torch.ops.pruneops_native.kcenter(x, k, seeds, mask, metric == "cosine")
+
+
+def _native_varlen(x, cu_seqlens, ks, seeds, metric):
+    return torch.ops.pruneops_native.kcenter_varlen(x, cu_seqlens, ks, seeds, metric == "cosine")
+
+
+def _triton(x, k, seeds, mask, metric):
+    from ..triton_kernels import kcenter as kernels
+
+    return kernels.kcenter(x, k, seeds, mask, metric)
+
+
+def _triton_varlen(x, cu_seqlens, ks, seeds, metric):
+    from ..triton_kernels import kcenter as kernels
+
+    return kernels.kcenter_varlen(x, cu_seqlens, ks, seeds, metric)
+
+
+define(
+    'kcenter(Tensor x, int k, *, Tensor? seeds=None, Tensor? mask=None, str metric="cosine")'
+    " -> (Tensor indices, Tensor radii)",
+    _check_kcenter,
+    _fake_kcenter,
+    {
+        "reference": reference.kcenter,
+        "cpu": _unbatched(_native),
+        "triton": _unbatched(_triton),
+        "cuda": _unbatched(_native),
+    },
+)
+define(
+    'kcenter_varlen(Tensor x, Tensor cu_seqlens, int[] ks, *, Tensor? seeds=None, str metric="cosine")'
+    " -> (Tensor indices, Tensor radii)",
+    _check_varlen,
+    _fake_varlen,
+    {
+        "reference": reference.kcenter_varlen,
+        "cpu": _packed(_native_varlen),
+        "triton": _packed(_triton_varlen),
+        "cuda": _packed(_native_varlen),
+    },
+)
