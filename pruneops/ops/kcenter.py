@@ -194,11 +194,16 @@ def _fake_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
     return x.new_empty(sum(ks), dtype=torch.int64), x.new_empty(sum(ks), dtype=torch.float32)
 
 
+def _dense_features(x):
+    """x with its features next to each other; `contiguous` would keep an odd stride of a dimension of size 1."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _unbatched(run):
     """Serve [N, D] through a backend that knows [B, N, D] only; lay features next to each other."""
 
     def call(x, k, *, seeds=None, mask=None, metric="cosine"):
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = _dense_features(x)
         if x.dim() == 3:
             return run(x, k, seeds, mask, metric)
         seeds, mask = (None if t is None else t[None] for t in (seeds, mask))
@@ -212,7 +217,7 @@ def _packed(run):
     """Serve any strides and cu_seqlens dtype through a backend that takes int64 and contiguous features."""
 
     def call(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = _dense_features(x)
         return run(x, cu_seqlens.to(torch.int64), ks, seeds, metric)
 
     return call

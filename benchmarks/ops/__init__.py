@@ -1,0 +1,1 @@
+"""One file per operator; each declares OPERATOR, see benchmarks/registry.py."""

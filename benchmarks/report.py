@@ -1,0 +1,125 @@
+"""The one table of a run, as text or Markdown, and its JSON file."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+BUSY = 0.05  # share of the processors taken by others, above which the table says so
+
+
+def rows(document):
+    """Header and rows of cells: one row per contender of every case."""
+    peers = [peer for peer in document["peers"] if any(_ratio(c, peer) for _, c in _contenders(document))]
+    cuda = any(c.get("extra_bytes") is not None for _, c in _contenders(document))
+    header = ["shape", "implementation", "time (20-80 %)", "result", "bytes", "operations", "floor", "% of floor"]
+    header += ["extra memory"] * cuda + [f"vs {peer}" for peer in peers]
+    table = []
+    for case, entry in _contenders(document):
+        row = [case["shape"], entry["name"]]
+        if entry["status"] in ("skipped", "failed"):
+            row += [f"{entry['status']}: {entry['reason']}"]
+        else:
+            timed = "median_s" in entry
+            spread = f"{time(entry['median_s'])} ({time(entry['p20_s'])} - {time(entry['p80_s'])})" if timed else "-"
+            row += [spread, entry["reason"], quantity(case["bytes"], "B"), quantity(case["operations"], "op")]
+            row += [time(case["floor_s"]), percent(entry["of_floor"]) if timed else "-"]
+            row += [quantity(entry["extra_bytes"] or 0, "B")] * cuda
+            row += [speed(_ratio(entry, peer)) for peer in peers]
+        table.append(row)
+    return header, table
+
+
+def text(document):
+    """Aligned columns; a reason that fills the rest of its row does not widen a column."""
+    header, table = rows(document)
+    full = [row for row in [header, *table] if len(row) == len(header)]
+    widths = [max(len(row[i]) for row in full) for i in range(len(header))]
+    widths[:2] = [max(len(row[i]) for row in [header, *table]) for i in range(2)]
+    lines, last = [], None
+    for row in [header, ["-" * width for width in widths], *table]:
+        shown = ["" if row[0] == last else row[0], *row[1:]]
+        last = row[0]
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(shown, widths)).rstrip())
+        if len(row) < len(header):
+            lines[-1] = "  ".join(cell.ljust(width) for cell, width in zip(shown[:2], widths)) + "  " + row[2]
+    return "\n".join([*lines, *notes(document)])
+
+
+def markdown(document):
+    """The same table for a README."""
+    header, table = rows(document)
+    lines = [header, ["---"] * len(header), *(row + [""] * (len(header) - len(row)) for row in table)]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in lines] + ["", *(f"- {n}" for n in notes(document))])
+
+
+def notes(document):
+    """What stands under the table: where and with what it was measured, and what could not run."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
+    commit = (document["commit"] or "unknown")[:12] + (" with changes" if document["dirty"] else "")
+    lines = [f"{document['device']}, {versions}, commit {commit}, {document['date']}"]
+    if (document["others_share"] or 0) > BUSY:
+        lines.append(f"BUSY MACHINE: other processes took {percent(document['others_share'])} of the processors")
+    if document["ceilings"]:
+        copy, products = (document["ceilings"][key] for key in ("copy_bytes_per_s", "matmul_operations_per_s"))
+        rates = ", ".join(f"{dtype} products {quantity(rate, 'op/s')}" for dtype, rate in products.items())
+        lines.append(f"floors from this run's rates: copy {quantity(copy, 'B/s')}, {rates}")
+    lines += [f"{name} not run: {reason}" for name, reason in document["unavailable"].items()]
+    if not document["complete"]:
+        lines.append("INCOMPLETE: the run was interrupted")
+    return lines
+
+
+def write(path, document):
+    """Write JSON whole or not at all, lists of numbers on one line."""
+    content = json.dumps(document, indent=1) + "\n"
+    write_text(path, re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), content))
+
+
+def write_text(path, content):
+    """Replace a file by one that was written completely beside it."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def time(seconds):
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or unit == "us":
+            return f"{seconds * scale:#.3g}".rstrip(".") + f" {unit}"
+
+
+def quantity(value, unit):
+    """Three digits with a decimal prefix."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)):
+        if value >= scale or not prefix:
+            return f"{value / scale:.3g} {prefix}{unit}"
+
+
+def percent(share):
+    """Two digits, more above 100 %."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def speed(ratio):
+    """How a time compares with a peer's."""
+    if not ratio:
+        return "-"
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+
+
+def _contenders(document):
+    return [(case, entry) for case in document["cases"] for entry in case["contenders"]]
+
+
+def _ratio(entry, peer):
+    return entry.get("ratios", {}).get(peer)

@@ -1,0 +1,40 @@
+// What the CPU kernels share outside their vector code.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <new>
+
+namespace pruneops {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Element types as plain bits; simd.h widens them.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+enum class Element { kFloat, kHalf, kBFloat16 };
+
+inline int64_t size_of(Element type) { return type == Element::kFloat ? 4 : 2; }
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Uninitialised floats, the first at the start of a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<float*>(::operator new(size * sizeof(float), kLine))) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(data_, kLine); }
+  operator float*() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  float* data_;
+};
+
+}  // namespace pruneops

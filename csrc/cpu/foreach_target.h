@@ -1,0 +1,66 @@
+// Function multiversioning: includes PRUNEOPS_KERNEL once per instruction set, each time in a namespace of its own
+// and with the compiler told what it may use; PRUNEOPS_DISPATCH(f) then takes the version this machine runs.
+//
+//   #define PRUNEOPS_KERNEL "cpu/<op>_kernel.h"
+//   #include "cpu/foreach_target.h"
+//
+// The kernel file opens with #include "cpu/simd.h", includes nothing else, and holds no lambdas (they do not inherit
+// the pragma). Whatever it needs from elsewhere is included before this file.
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/common.h"
+#include "cpu/cpu_features.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
+#define PRUNEOPS_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define PRUNEOPS_TARGET_BEGIN(isa) \
+  PRUNEOPS_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define PRUNEOPS_TARGET_END PRUNEOPS_PRAGMA(clang attribute pop)
+#else
+#define PRUNEOPS_TARGET_BEGIN(isa) PRUNEOPS_PRAGMA(GCC push_options) PRUNEOPS_PRAGMA(GCC target(isa))
+#define PRUNEOPS_TARGET_END PRUNEOPS_PRAGMA(GCC pop_options)
+#endif
+
+#if defined(__x86_64__)
+
+PRUNEOPS_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define PRUNEOPS_LANES 16
+namespace pruneops::avx512 {
+#include PRUNEOPS_KERNEL
+}
+#undef PRUNEOPS_LANES
+PRUNEOPS_TARGET_END
+
+PRUNEOPS_TARGET_BEGIN("avx2,fma,f16c")
+#define PRUNEOPS_LANES 8
+namespace pruneops::avx2 {
+#include PRUNEOPS_KERNEL
+}
+#undef PRUNEOPS_LANES
+PRUNEOPS_TARGET_END
+
+#define PRUNEOPS_DISPATCH(function)                                               \
+  (::pruneops::cpu_capability() == ::pruneops::CpuCapability::kAvx512             \
+       ? &::pruneops::avx512::function                                            \
+       : ::pruneops::cpu_capability() == ::pruneops::CpuCapability::kAvx2         \
+             ? &::pruneops::avx2::function                                        \
+             : &::pruneops::portable::function)
+
+#else
+
+#define PRUNEOPS_DISPATCH(function) (&::pruneops::portable::function)
+
+#endif
+
+#define PRUNEOPS_LANES 4
+namespace pruneops::portable {
+#include PRUNEOPS_KERNEL
+}
+#undef PRUNEOPS_LANES

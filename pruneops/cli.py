@@ -1,0 +1,199 @@
+"""`pruneops info` and `pruneops demo`.
+
+Errors are one line on stderr and exit status 2; an interrupt is one line and 130.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+
+import torch
+
+from . import __version__, backends, ops
+from .backends import AUTO, BACKENDS, BackendUnavailable
+from .demo import DemoError
+from .ops.kcenter import METRICS
+
+
+def main(argv=None):
+    """Run one command; its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _complain(message, 0)
+            return arguments.command(arguments)
+    except (DemoError, BackendUnavailable) as error:
+        return _complain(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def info():
+    """What is built, what can run here and why the rest cannot, fit for JSON."""
+    record = backends.build_record()
+    native = backends.native_problem()
+    capability = None
+    if native is None:
+        from . import _C
+
+        capability = _C.cpu_capability()
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton and triton.__version__,
+        "native": {
+            "cpu": {"instruction_set": capability, "problem": native},
+            "cuda": {"archs": record.get("archs", []), "problem": backends.cuda_problem()},
+        },
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
+        "operators": list(ops.__all__),
+        "backends": {device: _serving(device) for device in AUTO},
+    }
+
+
+def _info(arguments):
+    record = info()
+    print(json.dumps(record, indent=1) if arguments.json else _describe(record))
+    return 0
+
+
+def _demo(arguments):
+    from .demo.run import report, run
+
+    record = run(
+        arguments.image,
+        keep=arguments.keep,
+        metric=arguments.metric,
+        out=arguments.out,
+        save=arguments.save,
+        seed=arguments.seed,
+        device=arguments.device,
+        backend_name=arguments.backend,
+    )
+    print(json.dumps(record, indent=1) if arguments.json else report(record))
+    return 0
+
+
+def _gpu(index):
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "arch": f"{properties.major}{properties.minor}",
+        "gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _serving(device):
+    """Which backends can serve tensors on a device, which `auto` takes, why the others cannot."""
+    problems = {name: backends.why_not(name, device) for name in BACKENDS}
+    if device == "cuda" and not torch.cuda.is_available():
+        absent = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch sees no GPU"
+        problems = {name: problem or f"no CUDA tensors here: {absent}" for name, problem in problems.items()}
+    auto = next((name for name in AUTO[device] if problems[name] is None), None)
+    return {"auto": auto, "problems": problems}
+
+
+def _describe(record):
+    cpu, cuda = record["native"]["cpu"], record["native"]["cuda"]
+    archs = f"built for {', '.join(f'sm_{arch}' for arch in cuda['archs'])}" if cuda["archs"] else "not built"
+    gpus = [f"{gpu['name']} (sm_{gpu['arch']}, {gpu['gib']} GiB)" for gpu in record["gpus"]]
+    lines = [
+        f"pruneops        {record['version']}",
+        f"python          {record['python']}",
+        f"torch           {record['torch']}",
+        f"triton          {record['triton'] or 'not installed'}",
+        f"C++ kernels     {'not usable' if cpu['problem'] else 'built, run here with ' + cpu['instruction_set']}",
+        f"CUDA kernels    {archs}",
+        f"GPUs            {', '.join(gpus) or 'none seen'}",
+    ]
+    width = max(map(len, record["operators"])) + 2
+    for device, serving in record["backends"].items():
+        problems = serving["problems"]
+        word = {name: "no" if problems[name] else "auto" if name == serving["auto"] else "yes" for name in BACKENDS}
+        lines += ["", f"On {device.upper()} tensors".ljust(width + 3) + "".join(f"{name:<11}" for name in BACKENDS)]
+        for operator in record["operators"]:
+            lines.append(f"  {operator:<{width + 1}}" + "".join(f"{word[name]:<11}" for name in BACKENDS))
+        lines += [f"    {name}: {_sentence(problem)}" for name, problem in problems.items() if problem]
+    lines += ["", "auto: taken unless `with pruneops.backend(...)` asks for another."]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _sentence(reason):
+    return f"{reason[0].upper()}{reason[1:]}" + ("" if reason.endswith(".") else ".")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser():
+    parser = _Parser(prog="pruneops", description="Fused operators for visual-token pruning.")
+    parser.add_argument("--version", action="version", version=f"pruneops {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("info", help="what is built, what can run here, and why the rest cannot")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=_info)
+
+    command = commands.add_parser(
+        "demo",
+        help="prune the visual tokens of a photograph, time the prefill, draw the choice",
+        description="Tile a photograph into 2880 visual tokens, keep the most different ones, time a LLaVA-shaped "
+        "prefill with and without pruning and draw what was kept. All weights are random.",
+    )
+    add = command.add_argument
+    add("--image", metavar="PATH", help="photograph (default: one that scikit-image brings along)")
+    add("--keep", type=_keep, default=0.1, metavar="K", help="number of tokens, or a fraction like 0.1 (default)")
+    add("--metric", choices=METRICS, default="cosine", help="distance between tokens (default: cosine)")
+    add("--out", default="pruneops-demo.png", metavar="PATH", help="picture, or its directory (default: %(default)s)")
+    add("--save", metavar="PATH", help="write the measurements as JSON")
+    add("--json", action="store_true", help="print the measurements as JSON, not as a table")
+    add("--seed", type=_seed, default=0, help="of the random weights (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    add("--backend", choices=("auto", *BACKENDS), default="auto", help="implementation of the selection")
+    command.set_defaults(command=_demo)
+    return parser
+
+
+def _keep(text):
+    """A number of tokens ("288") or a fraction of them ("0.1", "1.0")."""
+    try:
+        value = int(text)
+    except ValueError:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a fraction") from None
+    if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of tokens >= 1 nor a fraction in (0, 1]")
+    return value
+
+
+def _seed(text):
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _complain(message, status):
+    text = str(message).removeprefix("pruneops: ")
+    print(f"pruneops: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+// Stands in for the CUDA runtime language on a CPU: every thread of every block is a fiber, all blocks are
+// co-resident, shared memory begins as NaN, and a state in which nobody can go on is an error.
+
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim { unsigned x; };
+struct float4 { float x, y, z, w; };
+struct uint4 { unsigned x, y, z, w; };
+struct __half { uint16_t bits; };
+struct __nv_bfloat16 { uint16_t bits; };
+
+namespace emulation {
+
+constexpr int kFiberBytes = 64 * 1024, kGuardBytes = 4096;
+
+// Threads that meet. All have arrived when `generation` grows.
+struct Meeting {
+  unsigned size, arrived = 0, generation = 0, sum = 0, last_sum = 0;
+};
+struct Warp {
+  Meeting meeting;
+  int tag[2];                  // what kind of meeting: lanes must agree
+  unsigned char slot[2][32][64];  // one value a lane; meetings alternate between the two
+};
+struct Block {
+  std::vector<unsigned char> shared;
+  Meeting meeting;
+  std::vector<Warp> warps;
+};
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+struct Fiber {
+  dim thread, block_index;
+  Block* block;
+  const unsigned* word = nullptr;  // waits for *word to differ from `seen`
+  unsigned seen;
+  bool started = false, done = false;
+  ucontext_t context;
+  jmp_buf state;
+  std::unique_ptr<char[]> stack;
+  std::deque<std::vector<Copy>> copies{{}};  // asynchronous, by group; the last is open
+};
+
+inline Fiber* current;
+inline jmp_buf scheduler;
+inline dim block_size, grid_size;
+inline std::function<void()> body;
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "cuda emulation: %s (block %u, thread %u)\n", what, current->block_index.x, current->thread.x);
+  abort();
+}
+
+inline void wait_for_change(const unsigned* word, unsigned seen) {
+  current->word = word;
+  current->seen = seen;
+  if (*word == seen && !_setjmp(current->state)) _longjmp(scheduler, 1);
+  current->word = nullptr;
+}
+
+inline unsigned meet(Meeting& m, unsigned value = 0) {
+  const unsigned generation = m.generation;
+  m.sum += value;
+  if (++m.arrived == m.size) {
+    m.last_sum = m.sum;
+    m.arrived = m.sum = 0;
+    ++m.generation;
+  } else {
+    wait_for_change(&m.generation, generation);
+  }
+  return m.last_sum;
+}
+
+// Every lane gives a value and gets those of all 32.
+template <class V>
+const unsigned char (*exchange(int tag, const V& mine))[64] {
+  static_assert(sizeof(V) <= 64);
+  Warp& warp = current->block->warps[current->thread.x / 32];
+  const unsigned parity = warp.meeting.generation % 2;
+  if (warp.meeting.arrived == 0) warp.tag[parity] = tag;
+  if (warp.tag[parity] != tag) fail("lanes of a warp met in different instructions");
+  memcpy(warp.slot[parity][current->thread.x % 32], &mine, sizeof mine);
+  meet(warp.meeting);
+  return warp.slot[parity];
+}
+template <class V>
+V lane_value(const unsigned char (*slots)[64], int lane) {
+  V v;
+  memcpy(&v, slots[lane], sizeof v);
+  return v;
+}
+
+inline void enter() {
+  body();
+  current->done = true;
+  _longjmp(scheduler, 1);
+}
+
+// Runs a fiber until it waits or ends.
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.state, 1);
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kFiberBytes;
+  makecontext(&fiber.context, enter, 0);
+  setcontext(&fiber.context);
+}
+
+// Launches a kernel; `backwards` lets the last thread of the last block go first.
+inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
+  body = std::move(kernel);
+  block_size.x = threads;
+  grid_size.x = blocks;
+  std::vector<Block> all(blocks);
+  std::vector<Fiber> fibers(blocks * threads);
+  for (unsigned b = 0; b < blocks; ++b) {
+    all[b].shared.assign(shared_bytes + kGuardBytes, 0xff);
+    all[b].meeting.size = threads;
+    all[b].warps.resize(threads / 32);
+    for (auto& warp : all[b].warps) warp.meeting.size = 32;
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[b * threads + t];
+      fiber.thread.x = t;
+      fiber.block_index.x = b;
+      fiber.block = &all[b];
+      fiber.stack.reset(new char[kFiberBytes]);
+    }
+  }
+  // As unfair as can be: a warp goes on until it is stuck, then others of its block, then other blocks.
+  size_t left = fibers.size();
+  const auto advance = [&](auto&& self, size_t first, size_t size) -> bool {
+    bool moved = false;
+    if (size == 1) {
+      Fiber& fiber = fibers[first];
+      if (fiber.done || (fiber.word && *fiber.word == fiber.seen)) return false;
+      resume(fiber);
+      left -= fiber.done;
+      return true;
+    }
+    const size_t part = size > threads ? threads : size > 32 ? 32 : 1;
+    for (size_t i = 0; i < size; i += part)
+      while (self(self, first + (backwards ? size - part - i : i), part)) moved = true;
+    return moved;
+  };
+  while (left > 0)
+    if (!advance(advance, 0, fibers.size())) fail("deadlock");
+  for (const Block& block : all)
+    for (size_t i = shared_bytes; i < block.shared.size(); ++i)
+      if (block.shared[i] != 0xff) fail("wrote past the end of shared memory");
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::current->thread)
+#define blockIdx (emulation::current->block_index)
+#define blockDim (emulation::block_size)
+#define gridDim (emulation::grid_size)
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { emulation::meet(emulation::current->block->meeting); }
+inline int __syncthreads_count(bool v) { return emulation::meet(emulation::current->block->meeting, v); }
+inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
+inline int __ffs(unsigned v) { return __builtin_ffs(v); }
+template <class To, class From>
+To bits_as(From v) {
+  To to;
+  memcpy(&to, &v, sizeof to);
+  return to;
+}
+inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
+inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
+
+template <class V>
+V __shfl_sync(unsigned, V v, int lane) {
+  return emulation::lane_value<V>(emulation::exchange(1, v), lane);
+}
+template <class V>
+V __shfl_xor_sync(unsigned, V v, int mask) {
+  return emulation::lane_value<V>(emulation::exchange(2, v), threadIdx.x % 32 ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool v) {
+  const auto slots = emulation::exchange(3, v);
+  unsigned ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) ballot |= unsigned(emulation::lane_value<bool>(slots, lane)) << lane;
+  return ballot;
+}
+
+namespace pruneops {
+
+template <class S>
+S& shared() {
+  return *reinterpret_cast<S*>(emulation::current->block->shared.data());
+}
+
+template <class T>
+float value_of(unsigned bits) {
+  if constexpr (std::is_same_v<T, __half>) return bits_as<_Float16>(uint16_t(bits));
+  return bits_as<float>(sizeof(T) == 2 ? bits << 16 : bits);
+}
+
+// Copies land as late as they may: when they are waited for.
+inline void copy16_async(void* to, const void* from, int bytes) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulation::fail("copy16_async: address not aligned to 16 bytes");
+  if (bytes < 0 || bytes > 16) emulation::fail("copy16_async: bytes out of range");
+  emulation::current->copies.back().push_back({to, from, bytes});
+}
+inline void commit_copies() { emulation::current->copies.emplace_back(); }
+template <int PENDING>
+void wait_copies() {
+  auto& copies = emulation::current->copies;
+  for (; copies.size() > PENDING + 1; copies.pop_front()) {
+    for (const auto& copy : copies.front()) {
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+}
+
+inline void load_matrices(unsigned (&r)[4], const void* row) {
+  if (uintptr_t(row) % 16) emulation::fail("load_matrices: address not aligned to 16 bytes");
+  const auto slots = emulation::exchange(4, row);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i)
+    memcpy(&r[i], emulation::lane_value<const char*>(slots, 8 * i + lane / 4) + 4 * (lane % 4), 4);
+}
+
+template <class T>
+void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  struct Fragment { T a[4][2], b[2][2]; } mine;
+  memcpy(mine.a, a, sizeof mine.a);
+  memcpy(mine.b[0], &b0, 4);
+  memcpy(mine.b[1], &b1, 4);
+  const auto slots = emulation::exchange(5, mine);
+  const int lane = threadIdx.x % 32;
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, col = lane % 4 * 2 + e % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2;
+      const T va = emulation::lane_value<Fragment>(slots, row % 8 * 4 + pair).a[row / 8 + k / 8 * 2][k % 2];
+      const T vb = emulation::lane_value<Fragment>(slots, col * 4 + pair).b[k / 8][k % 2];
+      d[e] += value_of<T>(va.bits) * value_of<T>(vb.bits);
+    }
+  }
+}
+
+inline unsigned warp_min(unsigned v) {
+  const auto slots = emulation::exchange(6, v);
+  for (int lane = 0; lane < 32; ++lane) v = std::min(v, emulation::lane_value<unsigned>(slots, lane));
+  return v;
+}
+
+inline void arrive_release(unsigned* counter) { ++*counter; }
+inline void wait_acquire(const unsigned* counter, unsigned target) {
+  for (unsigned seen; static_cast<int>((seen = *counter) - target) < 0;) emulation::wait_for_change(counter, seen);
+}
+
+}  // namespace pruneops

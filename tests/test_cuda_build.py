@@ -1,0 +1,90 @@
+"""Every CUDA kernel, for every architecture: it is in the library, does not spill, and fits the card's shared memory."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pruneops import backends
+
+ROOT = Path(__file__).parent.parent
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may ask for
+SYSTEM_BYTES = 1024  # of each block, counted as static shared memory from compute capability 9.0
+ELEMENTS = ("float", "__half", "__nv_bfloat16")
+KERNELS = {
+    "kcenter_greedy",
+    *(f"{kernel}<{element}>" for kernel in ("kcenter_norms", "kcenter_lazy") for element in ELEMENTS),
+    *(f"kcenter_gram<{element}, {aligned}>" for element in ELEMENTS for aligned in ("false", "true")),
+}
+
+
+def tool(name):
+    """Path of one of CUDA's binary utilities, from the toolkit or from Triton's wheel."""
+    places = [None, "/usr/local/cuda/bin"]
+    try:
+        import triton
+
+        places.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
+    except ImportError:
+        pass
+    return next(filter(None, (shutil.which(name, path=place) for place in places)), None)
+
+
+@pytest.fixture(scope="module")
+def resources():
+    """{architecture: {kernel: {"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...}}} of the built library."""
+    library = next((ROOT / "pruneops").glob("_cuda*.so"), None)
+    if library is None:
+        pytest.skip(f"the CUDA library is {backends._not_built('cuda')}")
+    cuobjdump, cxxfilt = tool("cuobjdump"), shutil.which("c++filt")
+    if not (cuobjdump and cxxfilt):
+        pytest.skip("needs cuobjdump (CUDA toolkit or Triton) and c++filt")
+    dump = subprocess.run([cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
+    text = subprocess.run([cxxfilt], input=dump.stdout, capture_output=True, text=True, check=True).stdout
+    found, arch, kernel = {}, None, None
+    for line in text.splitlines():
+        if match := re.match(r"\s*arch = sm_(\d+)", line):
+            arch = found.setdefault(int(match[1]), {})
+        elif match := re.match(r"\s*Function (?:void )?pruneops::(.*?)\((?!\*)", line):
+            kernel = arch.setdefault(match[1].replace("(bool)1", "true").replace("(bool)0", "false"), {})
+        if kernel is not None:
+            kernel.update((name, int(value)) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line))
+    return found
+
+
+def built_archs():
+    return [int(arch) for arch in backends.build_record().get("archs", [])] or [*SHARED_KB]
+
+
+@pytest.mark.parametrize("arch", built_archs())
+def test_every_kernel_is_there_without_spills(resources, arch):
+    assert KERNELS <= set(resources[arch])
+    for kernel, used in resources[arch].items():
+        assert used["STACK"] == used["LOCAL"] == 0, f"{kernel} for sm_{arch}: {used}"
+
+
+@pytest.mark.parametrize("arch", built_archs())
+def test_shared_memory_fits_the_card(resources, arch, dynamic_bytes):
+    for kernel, used in resources[arch].items():
+        static = used["SHARED"] - (SYSTEM_BYTES if arch >= 90 else 0)
+        need = static + next((size for name, size in dynamic_bytes.items() if kernel.startswith(name)), 0)
+        assert need <= SHARED_KB[arch] * 1024, f"{kernel} for sm_{arch} needs {need} bytes"
+
+
+@pytest.fixture(scope="module")
+def dynamic_bytes(tmp_path_factory):
+    """Shared memory that each kernel is launched with, from its own header."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "sizes.cpp").write_text(
+        '#include "runtime.h"\n#include "cuda/kcenter.cuh"\n'
+        'int main() { printf("%zu %zu", sizeof(pruneops::LazyShared), size_t(pruneops::kPipelineBytes)); }\n'
+    )
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_emulation'}"]
+    subprocess.run([compiler, "-std=c++20", "-w", *includes, "sizes.cpp", "-o", "sizes"], cwd=folder, check=True)
+    lazy, gram = map(int, subprocess.check_output([folder / "sizes"]).split())
+    return {"kcenter_lazy": lazy, "kcenter_gram": gram}

@@ -1,0 +1,243 @@
+"""The CUDA kernels of kcenter, run on emulated threads (tests/cuda_emulation) and compared with the reference.
+
+What this shows: indexing, tails, barriers, meetings of blocks, arithmetic order. What it cannot: memory ordering
+between real blocks, timing, and the compiler's code; those are for `make gpu`.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pruneops import reference
+
+ROOT = Path(__file__).parent.parent
+ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
+INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+
+pytestmark = pytest.mark.skipif(
+    not (sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))), reason="needs Linux and a C++ compiler"
+)
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        ("x", POINTER),
+        *((name, INT) for name in ("batch", "tokens", "width", "batch_stride", "row_stride")),
+        *(("seeds", POINTER), ("seeds_stride", INT * 2), ("seeds_count", INT)),
+        *(("mask", POINTER), ("mask_stride", INT * 2)),
+        *(("cu_seqlens", POINTER), ("offsets", POINTER), ("k", INT), ("indices", POINTER), ("radii", POINTER)),
+        *((name, ctypes.c_int32) for name in ("element", "cosine", "lazy")),
+        *((name, ctypes.c_int32) for name in ("teams", "blocks", "candidates", "backwards")),
+    )
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    target = tmp_path_factory.mktemp("emulation") / "kcenter.so"
+    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
+    source = Path(__file__).parent / "cuda_emulation/kcenter.cpp"
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'csrc'}", source, "-o", target], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def strides(tensor):
+    return (INT * 2)(*((0, 0) if tensor is None else tensor.stride()))
+
+
+@pytest.fixture
+def emulate(library):
+    """kcenter or, given cu_seqlens, kcenter_varlen; outputs are poisoned first."""
+
+    def run(x, k, *, seeds=None, mask=None, metric="cosine", cu_seqlens=None, **shape):
+        packed = cu_seqlens is not None
+        size = (sum(k),) if packed else (x.shape[0], k)
+        indices, radii = torch.full(size, -77), torch.full(size, -77.0)
+        offsets = torch.tensor([0, *k]).cumsum(0) if packed else None
+        call = Call(
+            x=pointer(x),
+            batch=len(k) if packed else x.shape[0],
+            tokens=x.shape[-2],
+            width=x.shape[-1],
+            batch_stride=0 if packed else x.stride(0),
+            row_stride=x.stride(-2),
+            seeds=pointer(seeds),
+            seeds_stride=strides(seeds),
+            seeds_count=0 if seeds is None else seeds.shape[1],
+            mask=pointer(mask),
+            mask_stride=strides(mask),
+            cu_seqlens=pointer(cu_seqlens),
+            offsets=pointer(offsets),
+            k=0 if packed else k,
+            indices=pointer(indices),
+            radii=pointer(radii),
+            element=ELEMENTS.index(x.dtype),
+            cosine=metric == "cosine",
+            **{"lazy": packed, "teams": 1, "blocks": 1, "candidates": 128, "backwards": False, **shape},
+        )
+        library.kcenter(ctypes.byref(call))
+        return indices, radii
+
+    return run
+
+
+def exact(metric, *shape, dtype=torch.float32, seed=0):
+    """Tokens whose similarities are exact in float32: ties abound."""
+    draw = torch.Generator().manual_seed(seed)
+    if metric == "euclidean":
+        return torch.randint(-4, 5, shape, generator=draw).to(dtype)
+    return (torch.randint(0, 2, shape, generator=draw) * 2 - 1).to(dtype)
+
+
+def assert_same(got, want, rtol=1.2e-7):
+    """Equal choices; radii to one bit, because torch's square root is not always the nearest float32."""
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=rtol, atol=0, equal_nan=True)
+
+
+FORMS = [
+    dict(lazy=False),
+    dict(lazy=True, candidates=16),
+    dict(lazy=True, blocks=3, candidates=40, backwards=True),
+    dict(lazy=True, blocks=2, teams=2, candidates=128),
+]
+by_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f"{k}{int(v)}" for k, v in f.items()))
+by_metric = pytest.mark.parametrize("metric", ("cosine", "euclidean"))
+by_dtype = pytest.mark.parametrize("dtype", ELEMENTS, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@by_form
+@by_metric
+@by_dtype
+def test_exact_inputs_give_equal_answers(emulate, form, metric, dtype):
+    x = exact(metric, 2, 150, 64, dtype=dtype)
+    assert_same(emulate(x, 60, metric=metric, **form), reference.kcenter(x, 60, metric=metric))
+
+
+@by_form
+@by_metric
+def test_every_token_of_a_small_set(emulate, form, metric):
+    x = exact(metric, 3, 37, 4, dtype=torch.float16)  # 16 different tokens at most under cosine
+    assert_same(emulate(x, 37, metric=metric, **form), reference.kcenter(x, 37, metric=metric))
+
+
+@by_form
+@by_dtype
+def test_seeds_mask_and_any_strides(emulate, form, dtype):
+    x = exact("euclidean", 300, 3, 2 * 77, dtype=dtype)[..., 1:78].transpose(0, 1)  # rows 308 or 616 bytes apart, odd width
+    seeds = torch.stack([torch.randperm(300)[:20] for _ in range(3)]).t().contiguous().t()
+    mask = (torch.rand(300, 3) < 0.5).t()
+    want = reference.kcenter(x, 90, seeds=seeds, mask=mask, metric="euclidean")
+    assert_same(emulate(x, 90, seeds=seeds, mask=mask, metric="euclidean", **form), want)
+
+
+@by_form
+@by_metric
+def test_odd_width_with_aligned_rows(emulate, form, metric):
+    x = torch.zeros(1, 140, 136, dtype=torch.bfloat16)[..., :131]
+    x.copy_(exact("euclidean", 1, 140, 131))
+    if metric == "cosine":
+        x[..., 64:] = 0
+        x[..., :64] = exact("cosine", 1, 140, 64)
+    padding = x.as_strided((140, 5), (136, 1), 131)
+    padding.fill_(torch.nan)
+    assert_same(emulate(x, 50, metric=metric, **form), reference.kcenter(x, 50, metric=metric))
+
+
+@by_form
+@by_metric
+@by_dtype
+def test_zeros_duplicates_and_non_finite(emulate, form, metric, dtype):
+    x = exact(metric, 1, 60, 16, dtype=dtype)
+    x[0, 40:50] = x[0, 5]
+    x[0, 50:53] = 0
+    x[0, 2], x[0, 7, 3], x[0, 33, 0] = torch.nan, torch.inf, -torch.inf
+    mask = torch.ones(1, 60, dtype=torch.bool)
+    mask[0, 0] = False
+    want = reference.kcenter(x, 59, mask=mask, metric=metric)
+    assert_same(emulate(x, 59, mask=mask, metric=metric, **form), want)
+
+
+@by_form
+def test_negative_zero_is_zero(emulate, form):
+    x = torch.tensor([[[1, 0], [0, 0], [-1e-25, 0], [1, 1]]])  # the third counts as a zero vector; its product is -0
+    assert emulate(x, 4, **form)[0].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("blocks", (4, 16))  # candidates multiplied in tiles of 64 and of 32
+@by_dtype
+def test_large_teams(emulate, blocks, dtype):
+    x = exact("euclidean", 1, 300, 64, dtype=dtype)
+    got = emulate(x, 150, metric="euclidean", lazy=True, blocks=blocks)
+    assert_same(got, reference.kcenter(x, 150, metric="euclidean"))
+
+
+@by_form
+def test_out_of_tokens(emulate, form):
+    x = exact("euclidean", 2, 40, 8)
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[0, 10:15], mask[1, 3] = True, True
+    indices, radii = emulate(x, 9, mask=mask, metric="euclidean", **form)
+    for row, allowed in enumerate((5, 1)):
+        want = reference.kcenter(x[row], allowed, mask=mask[row], metric="euclidean")
+        assert_same((indices[row, :allowed], radii[row, :allowed]), want)
+        assert (indices[row, allowed:] == -1).all() and radii[row, allowed:].isnan().all()
+
+
+@by_form
+def test_a_seed_out_of_range_is_skipped(emulate, form):
+    x = exact("euclidean", 1, 40, 8)
+    indices, radii = emulate(x, 9, seeds=torch.tensor([[40, 7, -1]]), metric="euclidean", **form)
+    want = reference.kcenter(x, 7, seeds=torch.tensor([[7]]), metric="euclidean")
+    assert indices[0, [0, 2]].tolist() == [-1, -1] and radii[0, [0, 2]].isnan().all()
+    assert_same((indices[:, [1, *range(3, 9)]], radii[:, [1, *range(3, 9)]]), want)
+
+
+@by_metric
+@by_dtype
+def test_forms_agree_to_the_bit_and_prefixes_hold(emulate, metric, dtype):
+    x = torch.randn(1, 200, 96).to(dtype)
+    x[0, 100:130] = x[0, 17]
+    want = emulate(x, 200, metric=metric)
+    for form in FORMS[1:]:
+        assert_same(emulate(x, 200, metric=metric, **form), want, rtol=0)
+    assert_same(emulate(x, 31, metric=metric, **FORMS[2]), (want[0][:, :31], want[1][:, :31]), rtol=0)
+    finite = want[1][0, 1:]
+    assert (finite.diff() <= 0).all()
+
+
+@by_form
+def test_low_scores_in_few_classes(emulate, form):
+    """Tokens a whole number of runs apart, so that one thread could hold all that are far away."""
+    x = torch.zeros(1, 1200, 2)
+    x[0, ::256, 0], x[0, 1::256, 1] = torch.arange(1.0, 6), torch.arange(7.0, 12)
+    assert_same(emulate(x, 20, metric="euclidean", **form), reference.kcenter(x, 20, metric="euclidean"))
+
+
+@by_metric
+@pytest.mark.parametrize("form", FORMS[1:], ids=("one block", "team of 3", "two teams"))
+def test_packed_sequences(emulate, form, metric):
+    lengths, ks = (130, 0, 1, 47, 64), (40, 0, 1, 47, 3)
+    x = exact(metric, sum(lengths), 64, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    want = reference.kcenter_varlen(x, bounds, ks, metric=metric)
+    assert_same(emulate(x, ks, cu_seqlens=bounds, metric=metric, **form), want)
+
+
+@pytest.mark.parametrize("form", FORMS[1:], ids=("one block", "team of 3", "two teams"))
+def test_packed_sequences_with_seeds(emulate, form):
+    lengths, ks = (70, 20), (30, 20)
+    x = exact("euclidean", sum(lengths), 7)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    seeds = torch.stack([start + torch.randperm(n)[:18] for start, n in zip((0, 70), lengths)])
+    want = reference.kcenter_varlen(x, bounds, ks, seeds=seeds, metric="euclidean")
+    assert_same(emulate(x, ks, cu_seqlens=bounds, seeds=seeds, metric="euclidean", **form), want)

@@ -1,0 +1,69 @@
+"""Every Triton kernel and configuration compiles for every card, fits its shared memory and spills nothing.
+
+Needs no GPU. One process an architecture, outside of Triton's interpreter.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import contract
+
+pytest.importorskip("triton")
+
+MODULES = [
+    f"pruneops.triton_kernels.{path.stem}"
+    for path in sorted(Path(contract.ROOT, "triton_kernels").glob("*.py"))
+    if path.stem != "__init__"
+]
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may ask for, by compute capability
+
+
+def compiled(capability, *modules):
+    code = "import sys; from tests.triton_compile_worker import main; main(*sys.argv[1:])"
+    return json.loads(contract.run_python(code, capability, *modules, timeout=1200))
+
+
+def problems(results, capability):
+    """{label: what is wrong}"""
+    found = {}
+    for result in results:
+        if "error" in result:
+            found[result["label"]] = result["error"]
+        elif result["shared"] > SHARED_KB[capability] * 1024:
+            found[result["label"]] = (
+                f"{result['shared']} bytes of shared memory, the card has {SHARED_KB[capability]} KB"
+            )
+        elif result["local"]:
+            found[result["label"]] = (
+                f"{result['local']} bytes of local memory a thread ({result['registers']} registers)"
+            )
+    return found
+
+
+@pytest.mark.parametrize("capability", SHARED_KB)
+def test_kernels_compile_and_fit(capability):
+    results = compiled(capability, *MODULES)
+    assert results, "no kernel is listed"
+    found = problems(results, capability)
+    assert not found, "\n".join(f"sm_{capability} {label}: {problem}" for label, problem in found.items())
+
+
+def test_every_kernel_is_listed():
+    """A jitted function named _..._kernel that no job compiles has not been checked."""
+    code = """
+import importlib, sys
+for module in map(importlib.import_module, sys.argv[1:]):
+    kernels = {name for name in vars(module) if name.endswith("_kernel") and hasattr(vars(module)[name], "arg_names")}
+    print(*(f"{module.__name__}.{name}" for name in kernels - {job["kernel"] for job in module.compile_jobs()}))
+"""
+    assert contract.run_python(code, *MODULES).split() == []
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+def test_checks_catch_what_does_not_fit(capability):
+    found = problems(compiled(capability, "tests.kernels_that_do_not_fit"), capability)
+    assert "bytes of local memory" in found["_spilling_kernel"]
+    assert "bytes of shared memory" in found["_sharing_kernel"]
+    assert "unknown" in found["_misspelt_kernel"]
