@@ -85,7 +85,7 @@ def rules_cpu(target):
     flags = [*common_flags(includes), "-fPIC", "-fvisibility=hidden", "-Wall"]
     link = ["-shared", *(f"-L{path}" for path in libraries), "-ltorch_cpu", "-lc10"]
     sources = sorted([ROOT / "csrc/bindings.cpp", *ROOT.glob("csrc/cpu/*.cpp")])
-    return rules("cxx", compiler, flags + ["-MMD", "-MF", "$out.d"], link, sources, target)
+    return rules("cxx", compiler, [*flags, "-MMD", "-MF", "$out.d"], link, sources, target)
 
 
 def rules_cuda(target):
@@ -99,7 +99,7 @@ def rules_cuda(target):
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     if not sources:
         raise Unbuildable("csrc/cuda holds no sources")
-    return rules("nvcc", compiler, flags + ["-MD", "-MF", "$out.d"], link, sources, target)
+    return rules("nvcc", compiler, [*flags, "-MD", "-MF", "$out.d"], link, sources, target)
 
 
 def rules(name, compiler, flags, link, sources, target):

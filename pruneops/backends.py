@@ -69,8 +69,7 @@ def choose(device_type):
 @functools.cache
 def _warn_reference(device_type, reasons):
     warnings.warn(
-        f"pruneops: {device_type} tensors run on the slow PyTorch reference ({reasons}). "
-        "`pruneops info` says more.",
+        f"pruneops: {device_type} tensors run on the slow PyTorch reference ({reasons}). `pruneops info` says more.",
         stacklevel=2,
     )
 
@@ -80,15 +79,15 @@ def why_not(name, device_type):
     if name == "reference":
         return None
     if name == "cpu":
-        return f"it serves CPU tensors, not {device_type}" if device_type != "cpu" else native_problem()
+        return f"it serves CPU tensors, not {device_type.upper()}" if device_type != "cpu" else native_problem()
     if name == "triton":
         if device_type == "cpu" and not interpreting():
             return "Triton serves CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before import)"
         if device_type not in ("cpu", "cuda"):
-            return f"it serves CUDA tensors, not {device_type}"
+            return f"it serves CUDA tensors, not {device_type.upper()}"
         return triton_problem()
     if device_type != "cuda":
-        return f"it serves CUDA tensors, not {device_type}"
+        return f"it serves CUDA tensors, not {device_type.upper()}"
     return cuda_problem()
 
 

@@ -85,6 +85,7 @@ def seeds(draw, shape, generator, most=5):
 
 @st.composite
 def packings(draw, sequences=4, tokens=20):
-    """(lengths, budgets) of sequences packed into one tensor; both may be 0."""
-    lengths = draw(st.lists(st.integers(0, tokens), max_size=sequences))
-    return lengths, [draw(st.integers(0, length)) for length in lengths]
+    """(lengths, budgets) of sequences packed into one tensor; in half the cases some are 0."""
+    least = draw(st.integers(0, 1))
+    lengths = draw(st.lists(st.integers(least, tokens), max_size=sequences))
+    return lengths, [draw(st.integers(least, length)) for length in lengths]

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, for every architecture: it is in the library, does not spill, and fits the card's shared memory."""
+"""Every CUDA kernel, for every architecture: it is in the library, does not spill, fits the card's shared memory."""
 
 import re
 import shutil
@@ -60,7 +60,7 @@ def built_archs():
 
 @pytest.mark.parametrize("arch", built_archs())
 def test_every_kernel_is_there_without_spills(resources, arch):
-    assert KERNELS <= set(resources[arch])
+    assert not KERNELS - set(resources[arch])
     for kernel, used in resources[arch].items():
         assert used["STACK"] == used["LOCAL"] == 0, f"{kernel} for sm_{arch}: {used}"
 

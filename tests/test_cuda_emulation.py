@@ -21,7 +21,8 @@ ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 INT, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 pytestmark = pytest.mark.skipif(
-    not (sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))), reason="needs Linux and a C++ compiler"
+    not (sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))),
+    reason="needs Linux and a C++ compiler",
 )
 
 
@@ -133,7 +134,7 @@ def test_every_token_of_a_small_set(emulate, form, metric):
 @by_form
 @by_dtype
 def test_seeds_mask_and_any_strides(emulate, form, dtype):
-    x = exact("euclidean", 300, 3, 2 * 77, dtype=dtype)[..., 1:78].transpose(0, 1)  # rows 308 or 616 bytes apart, odd width
+    x = exact("euclidean", 300, 3, 154, dtype=dtype)[..., 1:78].transpose(0, 1)  # odd width, no row at 16 bytes
     seeds = torch.stack([torch.randperm(300)[:20] for _ in range(3)]).t().contiguous().t()
     mask = (torch.rand(300, 3) < 0.5).t()
     want = reference.kcenter(x, 90, seeds=seeds, mask=mask, metric="euclidean")
@@ -173,12 +174,12 @@ def test_negative_zero_is_zero(emulate, form):
     assert emulate(x, 4, **form)[0].tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("blocks", (4, 16))  # candidates multiplied in tiles of 64 and of 32
+@pytest.mark.parametrize("blocks", (0, 1, 4, 16))  # Gram; candidates multiplied in tiles of 128, 64 and 32
 @by_dtype
-def test_large_teams(emulate, blocks, dtype):
-    x = exact("euclidean", 1, 300, 64, dtype=dtype)
-    got = emulate(x, 150, metric="euclidean", lazy=True, blocks=blocks)
-    assert_same(got, reference.kcenter(x, 150, metric="euclidean"))
+def test_wide_tokens(emulate, blocks, dtype):
+    x = exact("euclidean", 1, 300, 328, dtype=dtype)  # 6 or 11 stages, the last of them partly filled
+    got = emulate(x, 100, metric="euclidean", lazy=blocks > 0, blocks=max(blocks, 1))
+    assert_same(got, reference.kcenter(x, 100, metric="euclidean"))
 
 
 @by_form

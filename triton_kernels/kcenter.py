@@ -112,10 +112,8 @@ def _products(rows, row_ok, cols, col_ok, D, R: tl.constexpr, C: tl.constexpr, B
 @triton.jit
 def _similarities(dots, row_aux, col_aux, COSINE: tl.constexpr):
     """Similarities [R, C]; -inf, which changes nobody's maximum, where one side is non-finite."""
-    if COSINE:
-        sim = dots * row_aux[:, None] * col_aux[None, :]
-    else:
-        sim = 2.0 * dots - row_aux[:, None] - col_aux[None, :]
+    scaled = dots * row_aux[:, None] * col_aux[None, :]
+    sim = scaled if COSINE else 2.0 * dots - row_aux[:, None] - col_aux[None, :]
     return tl.where(sim == sim, sim, -INF)
 
 
@@ -403,7 +401,7 @@ def _kcenter_rounds_kernel(
 
 def kcenter(x, k, seeds, mask, metric):
     """x [B, N, D] with features side by side; the arguments are checked by pruneops.ops."""
-    B, N, D = x.shape
+    B, N, _ = x.shape
     indices = torch.empty(B, k, dtype=torch.int64, device=x.device)
     radii = torch.empty(B, k, dtype=torch.float32, device=x.device)
     if B == 0:
@@ -454,7 +452,7 @@ def _gram(x, aux, nearest, k, seeds, metric, indices, radii):
         x, aux, gram, *x.stride()[:2], N, D, COSINE=cosine, **config, **OPTIONS
     )  # fmt: skip
     P, seed_strides = (0, (0, 0)) if seeds is None else (seeds.shape[1], seeds.stride())
-    width = next(width for width in GREEDY_TOKENS if N <= width)
+    width = next(width for width in GREEDY_TOKENS if width >= N)
     _kcenter_greedy_kernel[B,](
         gram, nearest, seeds, indices, radii, *seed_strides, N, P, k,
         COSINE=cosine, BLOCK_N=width, num_warps=8, **OPTIONS,
@@ -538,9 +536,8 @@ def compile_jobs():
         aligned = access != "unaligned"
         add(_kcenter_norms_kernel, NORMS, dtype, aligned, COSINE=cosine, HAS_MASK=cosine)
         add(_kcenter_gram_kernel, GRAM[access], dtype, aligned, COSINE=cosine)
-        for M, varlen in itertools.product(CANDIDATES, (False, True)):
-            if M == CANDIDATES[0] or not varlen:
-                add(_kcenter_rounds_kernel, ROUNDS[access], dtype, aligned, COSINE=cosine, VARLEN=varlen, M=M)
+        for M, varlen in ((CANDIDATES[0], True), *((M, False) for M in CANDIDATES)):
+            add(_kcenter_rounds_kernel, ROUNDS[access], dtype, aligned, COSINE=cosine, VARLEN=varlen, M=M)
     for width, cosine in itertools.product(GREEDY_TOKENS, (True, False)):
         add(_kcenter_greedy_kernel, {"BLOCK_N": width, "num_warps": 8}, "fp32", False, COSINE=cosine)
     return jobs

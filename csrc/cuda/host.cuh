@@ -14,6 +14,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
 
 namespace pruneops {
 

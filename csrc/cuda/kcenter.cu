@@ -9,8 +9,8 @@
 // Two forms, chosen by N, B and element type only:
 // (i)  Gram, up to 4096 tokens (float32: 2048) and 512 MB: norms; all similarities by 128 x 128 tiles of the lower
 //      triangle, N^2 D operations and 4 N^2 bytes; then one block per batch row takes k steps, each a row of 4 N bytes
-//      and one barrier. About 700 cycles a step at N = 2880: 480 for the row out of L2, 40 to update and compare, 110 for
-//      four warp reductions, 70 for the barrier and its shared memory.
+//      and one barrier. About 700 cycles a step at N = 2880: 480 for the row out of L2, 40 to update and compare, 110
+//      for four warp reductions, 70 for the barrier and its shared memory.
 // (ii) Lazy rounds, memory 8 N bytes and 64 KB a team, in one cooperative launch. Similarity to the set only grows, so
 //      take as candidates up to 128 tokens that are under a threshold: for as long as the best of them stays under it,
 //      no other token can come first, and the next choices need the candidates' products alone. Then one pass over x
@@ -97,8 +97,8 @@ void run_gram(const Tokens<T>& x, const Tensor& tensor, int64_t k, const Compani
 
   const int64_t norm_blocks = std::min<int64_t>((batch * n + kWarps - 1) / kWarps, 8 * multiprocessors());
   launch(kcenter_norms<T>, norm_blocks, kThreads, 0, false, stream, x, batch, n, norms, gram, pitch, out.cosine);
-  launch(x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, batch * (side * (side + 1) / 2), kThreads, kPipelineBytes, false, stream, x, n, norms, gram,
-         pitch, out.cosine);
+  launch(x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, batch * (side * (side + 1) / 2), kThreads,
+         kPipelineBytes, false, stream, x, n, norms, gram, pitch, out.cosine);
   launch(kcenter_greedy, batch, (n + 127) / 128 * 32, kGreedyBytes, false, stream, gram, pitch, norms, n, k, given,
          out);
 }

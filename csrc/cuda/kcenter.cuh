@@ -285,7 +285,7 @@ __device__ __forceinline__ void scan_keys(const float* nearest, int n, const Use
 // if none is available.
 //
 // The least keys of 256 classes of tokens, sorted, are the possible thresholds; the greatest that lets no more than m
-// tokens through is taken. Where low scores are spread over the classes that is 80 to 100 % of m.
+// tokens through is taken. Where low scores fall into the classes at random that is 97 to 100 % of m.
 __device__ inline int select_candidates(LazyShared& sh, const float* nearest, int n, int m, Key& bound) {
   const int tid = threadIdx.x;
   auto& select = sh.select;
@@ -487,7 +487,8 @@ __global__ void __launch_bounds__(kThreads, 1) kcenter_lazy(const __grid_constan
         if (tid < taken) {
           const int seed = p.given.seed(row, step + tid, q.begin, q.n);
           sh.chosen[tid] = seed;
-          if (team.rank == 0) p.out.write(q.at + step + tid, seed < 0 ? -1 : q.begin + seed, seed < 0 ? NAN : -INFINITY);
+          if (team.rank == 0)
+            p.out.write(q.at + step + tid, seed < 0 ? -1 : q.begin + seed, seed < 0 ? NAN : -INFINITY);
         }
         __syncthreads();
       } else {

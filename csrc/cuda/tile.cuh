@@ -110,16 +110,18 @@ struct Sums {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (FULL || row0 + 16 * i < rows) load_matrices(fa[i], piece_a + 16 * i * kRowBytes);
+      unsigned fb[4][4];
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        if (FULL || g * 16 * across + col0 < cols) load_matrices(fb[g], piece_b + g * 16 * across * kRowBytes);
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
         if (FULL || g * 16 * across + col0 < cols) {
-          unsigned fb[4];
-          load_matrices(fb, piece_b + g * 16 * across * kRowBytes);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             if (FULL || row0 + 16 * i < rows) {
-              multiply_add<T>(sum[i][2 * g], fa[i], fb[0], fb[1]);
-              multiply_add<T>(sum[i][2 * g + 1], fa[i], fb[2], fb[3]);
+              multiply_add<T>(sum[i][2 * g], fa[i], fb[g][0], fb[g][1]);
+              multiply_add<T>(sum[i][2 * g + 1], fa[i], fb[g][2], fb[g][3]);
             }
           }
         }
@@ -199,7 +201,8 @@ struct Operand {
     } else {
 #pragma unroll
       for (int i = 0; i < kLines; ++i)
-        if (row + 32 * i < count) *reinterpret_cast<uint4*>(to + 32 * i * kRowBytes) = gather_piece(line[i], k, x.width);
+        if (row + 32 * i < count)
+          *reinterpret_cast<uint4*>(to + 32 * i * kRowBytes) = gather_piece(line[i], k, x.width);
     }
   }
 };

@@ -43,10 +43,7 @@ def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
         indices[:, step] = choice
         available[rows, choice] = False
         dot = torch.einsum("bnd,bd->bn", x, x[rows, choice])
-        if metric == "euclidean":
-            similarity = 2 * dot - square - square[rows, choice, None]
-        else:
-            similarity = dot
+        similarity = dot if metric == "cosine" else 2 * dot - square - square[rows, choice, None]
         nearest = torch.where(similarity > nearest, similarity, nearest)
     return indices, radii
 

@@ -58,7 +58,7 @@ void run(const Call& c) {
     launch(c.batch * side * (side + 1) / 2, kThreads, kPipelineBytes,
            x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, n, norms.begin_of(),
            gram.begin_of(), pitch, out.cosine);
-    launch(c.batch, (n + 127) / 128 * 32, 2 * 32 * sizeof(Key), kcenter_greedy, gram.begin_of(), pitch,
+    launch(c.batch, (n + 127) / 128 * 32, kGreedyBytes, kcenter_greedy, gram.begin_of(), pitch,
            norms.begin_of(), n, c.k, given, out);
     return;
   }

@@ -385,6 +385,20 @@ def test_edges(target):
 
 
 @every_backend
+@pytest.mark.parametrize("name", ["nan", "one nan", "inf", "-inf", "overflow"])
+def test_non_finite_center(target, name):
+    """A seed that is no vector is near to nobody: the others are chosen as if it were not there."""
+    generator = torch.Generator().manual_seed(0)
+    x, (value, count) = contract.signs((2, 30, 16), generator), strategies.SPECIAL[name]
+    for metric, tokens in (("cosine", x), ("euclidean", x.sign())):
+        tokens[:, 7] = 0
+        tokens[:, 7, :count] = value
+        for seeds in ([7], [7, 3]):
+            case = Case(tokens, 12, metric, seeds=torch.tensor(seeds).expand(2, -1))
+            assert_answer(case, case.run(target))
+
+
+@every_backend
 def test_empty_packing(target):
     for bounds, ks in (([0], []), ([0, 0, 0], [0, 0])):
         result = call(target, "kcenter_varlen", torch.empty(0, 3), torch.tensor(bounds), ks)

@@ -1,0 +1,52 @@
+# make demo   set up and run the main job          make test   set up, lint, all tests
+# make install / lint / bench / gpu / test-oldest / clean; PYTHON=python3.12 chooses the interpreter
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test install lint bench gpu test-oldest clean
+
+demo: install
+	$(BIN)/pruneops demo
+
+install: .venv/.built
+
+.venv/.packages: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "pruneops needs Python 3.10 or later; choose one with make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.built: .venv/.packages $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PRUNEOPS_REQUIRE_NATIVE=1 \
+		$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/pruneops info
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
+	$(MAKE) test-oldest
+
+# the operators on the oldest supported Triton, whose interpreter needs an older NumPy
+test-oldest: .oldest/.packages
+	PYTHONPATH=.oldest PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto tests/ops tests/test_triton_compile.py
+
+.oldest/.packages: .venv/.built
+	rm -rf .oldest
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .oldest triton==3.6.0 numpy==2.2.6
+	touch $@
+
+bench: install
+	$(BIN)/python -m benchmarks ops kcenter
+
+# on a machine with a CUDA build of torch; uses the environment at hand, installs nothing
+gpu:
+	$(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python) -m benchmarks.gpu
+
+clean:
+	rm -rf .venv .oldest build dist *.egg-info pruneops/*.so pruneops/_build.json .pytest_cache .ruff_cache .hypothesis
