@@ -1,21 +1,21 @@
 # make demo   set up and run the main job          make test   set up, lint, all tests
-# make install / lint / bench / gpu / test-oldest / clean; PYTHON=python3.12 chooses the interpreter
+# make install / lint / bench / gpu / test-oldest / test-newest / clean; PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test install lint bench gpu test-oldest clean
+.PHONY: demo test install lint bench gpu test-oldest test-newest clean
 
 demo: install
 	$(BIN)/pruneops demo
 
 install: .venv/.built
 
-.venv/.packages: requirements.txt
+.venv/.packages: requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "pruneops needs Python 3.10 or later; choose one with make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements/dev.txt
 	touch $@
 
 .venv/.built: .venv/.packages $(SOURCES)
@@ -30,15 +30,16 @@ lint: install
 
 test: lint
 	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
-	$(MAKE) test-oldest
+	$(MAKE) test-oldest test-newest
 
-# the operators on the oldest supported Triton, whose interpreter needs an older NumPy
-test-oldest: .oldest/.packages
-	PYTHONPATH=.oldest PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto tests/ops tests/test_triton_compile.py
+# the operators on the oldest supported and on the newest Triton
+test-oldest test-newest: test-%: .triton/%/.packages
+	PYTHONPATH=.triton/$* PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto \
+		-k "triton" tests/ops tests/test_triton_compile.py
 
-.oldest/.packages: .venv/.built
-	rm -rf .oldest
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .oldest triton==3.6.0 numpy==2.2.6
+.triton/%/.packages: requirements/%.txt .venv/.built
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(@D) -r $<
 	touch $@
 
 bench: install
@@ -49,4 +50,4 @@ gpu:
 	$(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python) -m benchmarks.gpu
 
 clean:
-	rm -rf .venv .oldest build dist *.egg-info pruneops/*.so pruneops/_build.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .triton build dist *.egg-info pruneops/*.so pruneops/_build.json .pytest_cache .ruff_cache .hypothesis

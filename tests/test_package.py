@@ -200,7 +200,7 @@ def test_install_without_compiler(tmp_path):
     assert len(warned) == 1
     assert "cpu tensors run on the slow PyTorch reference (cpu: not built: " in warned[0]
     assert "error: backend 'cpu' cannot run here: not built: the package was installed without a build step" in lines
-    assert "error: backend 'cuda' cannot run here: it serves CUDA tensors, not cpu" in lines
+    assert "error: backend 'cuda' cannot run here: it serves CUDA tensors, not CPU" in lines
 
 
 def test_install_with_a_broken_library(tmp_path):
