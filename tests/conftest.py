@@ -18,6 +18,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     max_examples=80,
+    report_multiple_bugs=False,  # shrinking each takes minutes under Triton's interpreter
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")

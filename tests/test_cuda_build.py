@@ -37,7 +37,9 @@ def resources():
     """{architecture: {kernel: {"REG": ..., "STACK": ..., "SHARED": ..., "LOCAL": ...}}} of the built library."""
     library = next((ROOT / "pruneops").glob("_cuda*.so"), None)
     if library is None:
-        pytest.skip(f"the CUDA library is {backends._not_built('cuda')}")
+        reason = backends.build_record().get("cuda", {}).get("reason", "")
+        assert "nvcc not found" in reason or "PRUNEOPS_NO_" in reason, f"the CUDA library was not built: {reason}"
+        pytest.skip(f"no CUDA library: {reason}")
     cuobjdump, cxxfilt = tool("cuobjdump"), shutil.which("c++filt")
     if not (cuobjdump and cxxfilt):
         pytest.skip("needs cuobjdump (CUDA toolkit or Triton) and c++filt")
