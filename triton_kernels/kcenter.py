@@ -61,7 +61,10 @@ GREEDY_TOKENS = (512, 1024, 2048, 4096)  # widths that the greedy kernel is comp
 CANDIDATES = (128, 256)
 
 # Arguments that differ from call to call: never specialised, so a new value never recompiles.
-_kernel = triton.jit(do_not_specialize=("B", "N", "P", "k", "C", "seeds_b", "seeds_p", "mask_b", "mask_n"))
+_kernel = triton.jit(
+    do_not_specialize=("B", "N", "P", "k", "C", "seeds_b", "seeds_p", "mask_b", "mask_n"),
+    do_not_specialize_on_alignment=("seeds", "mask", "bounds", "budgets", "indices", "radii"),
+)
 
 SMALLEST_SQUARE = tl.constexpr(2.0**-126)  # below: a zero vector
 LARGEST_SQUARE = tl.constexpr(float(torch.finfo(torch.float32).max) / 4)  # above: non-finite
@@ -123,8 +126,9 @@ def _kcenter_norms_kernel(
     COSINE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """aux [B, N]: 1 / |x| or |x|^2, NaN for a non-finite token; nearest [B, N]: s before any choice."""
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_N)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_D)
     rows = x + b * stride_b + n.to(tl.int64) * stride_n
     squares = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -149,8 +153,10 @@ def _kcenter_gram_kernel(
     COSINE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gram [B, N, N]: a program computes one tile of the lower triangle and writes it twice."""
-    b = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
+    side = tl.cdiv(N, BLOCK)
+    tiles = side * (side + 1) // 2
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)  # the square root may round either way
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
@@ -433,9 +439,9 @@ def kcenter_varlen(x, cu_seqlens, ks, seeds, metric):
 
 def _norms(x, mask, metric):
     B, N, D = x.shape
-    aux, nearest = torch.empty(2, B, N, dtype=torch.float32, device=x.device)
+    aux, nearest = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))  # both aligned
     mask_strides = (0, 0) if mask is None else mask.stride()
-    _kcenter_norms_kernel[triton.cdiv(N, NORMS["BLOCK_N"]), B](
+    _kcenter_norms_kernel[B * triton.cdiv(N, NORMS["BLOCK_N"]),](
         x, mask if mask is None else mask.view(torch.uint8), aux, nearest, *x.stride()[:2], *mask_strides, N, D,
         COSINE=metric == "cosine", HAS_MASK=mask is not None, **NORMS, **OPTIONS,
     )  # fmt: skip
@@ -448,13 +454,13 @@ def _gram(x, aux, nearest, k, seeds, metric, indices, radii):
     gram = torch.empty(B, N, N, dtype=torch.float32, device=x.device)
     config = GRAM[_access(x)]
     side = triton.cdiv(N, config["BLOCK"])
-    _kcenter_gram_kernel[side * (side + 1) // 2, B](
+    _kcenter_gram_kernel[B * (side * (side + 1) // 2),](
         x, aux, gram, *x.stride()[:2], N, D, COSINE=cosine, **config, **OPTIONS
     )  # fmt: skip
-    P, seed_strides = (0, (0, 0)) if seeds is None else (seeds.shape[1], seeds.stride())
+    seeds = indices.view(-1, 1)[:, :0] if seeds is None else seeds  # a pointer that nobody follows
     width = next(width for width in GREEDY_TOKENS if width >= N)
     _kcenter_greedy_kernel[B,](
-        gram, nearest, seeds, indices, radii, *seed_strides, N, P, k,
+        gram, nearest, seeds, indices, radii, *seeds.stride(), N, seeds.shape[1], k,
         COSINE=cosine, BLOCK_N=width, num_warps=8, **OPTIONS,
     )  # fmt: skip
 
@@ -469,11 +475,11 @@ def _rounds(x, aux, nearest, bounds, budgets, k, seeds, metric, M, indices, radi
     candidate_s = torch.empty(teams, M, dtype=torch.float32, device=x.device)
     pairs = torch.empty(teams, M, M, dtype=torch.float32, device=x.device)
     control = torch.zeros(teams, 2, dtype=torch.int32, device=x.device)
-    P, seed_strides = (0, (0, 0)) if seeds is None else (seeds.shape[1], seeds.stride())
+    seeds = indices.view(-1, 1)[:, :0] if seeds is None else seeds  # a pointer that nobody follows
     cooperative = {} if interpreting() else {"launch_cooperative_grid": True}
     _kcenter_rounds_kernel[teams * C,](
         x, aux, nearest, seeds, bounds, budgets, indices, radii, candidates, candidate_s, pairs, control,
-        *x.stride()[:2], *seed_strides, B, N, P, k, D, C,
+        *x.stride()[:2], *seeds.stride(), B, N, seeds.shape[1], k, D, C,
         COSINE=metric == "cosine", VARLEN=bounds is not None, M=M,
         **ROUNDS[_access(x)], **OPTIONS, **cooperative,
     )  # fmt: skip

@@ -804,3 +804,32 @@ def test_threads_of_a_program(target):
         thread.join()
     for case, result in zip(cases, results):
         assert_answer(case, result, rounding(case.x, case.metric))
+
+
+TRITON_LAUNCHES = """
+import torch
+from tests import fake_card
+from pruneops.triton_kernels import kcenter as kernels
+
+kernels._multiprocessors = lambda device: 132
+kernels._on = lambda device: torch.device("cpu")
+for dtype, width in ((torch.bfloat16, 64), (torch.float32, 64), (torch.float16, 1), (torch.float32, 33)):
+    for tokens in (50, 60, 5000, 5001):
+        x = torch.ones(3, tokens, width, dtype=dtype)
+        seeds, mask = torch.arange(6).view(3, 2), torch.ones(3, tokens, dtype=torch.bool)
+        kernels.kcenter(x, 5, None, None, "cosine")
+        kernels.kcenter(x[:1], 1, None, None, "cosine")
+        kernels.kcenter(x, 7, seeds, mask, "cosine")
+        kernels.kcenter_varlen(x[0], torch.tensor([0, 10, tokens]), [2, 3], None, "cosine")
+        kernels.kcenter_varlen(x[0], torch.tensor([0, tokens]), [3], seeds[:1], "cosine")
+    print(len(fake_card.launches), len(set(fake_card.launches)))
+"""
+
+
+def test_triton_launchers_compile():
+    """Every form launches as it would on a card; other lengths, budgets and batches compile nothing anew."""
+    counts = [tuple(map(int, line.split())) for line in contract.run_python(TRITON_LAUNCHES).splitlines()]
+    launched, compiled = counts[-1]
+    assert launched == 4 * (2 * 9 + 2 * 6 + 4 * 4)
+    # a dtype: norms with and without mask, gram, rounds as batch and packed; the greedy kernel serves all dtypes
+    assert compiled == 4 * (2 + 1 + 2) + 1, counts
