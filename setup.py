@@ -93,6 +93,7 @@ def rules_cuda(target):
     if wanted("PRUNEOPS_NO_NATIVE"):
         raise Unbuildable("PRUNEOPS_NO_NATIVE=1 was set")
     compiler, (includes, libraries) = nvcc(), torch_paths()
+    cxx()  # nvcc needs one too
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
     flags = [*common_flags(includes), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", *gencode]
     link = ["-shared", *(f"-L{path}" for path in libraries), "-ltorch_cpu", "-lc10"]

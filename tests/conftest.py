@@ -1,6 +1,7 @@
 """Where and how the tests run: Triton's interpreter where there is no GPU, repeatable hypothesis runs."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -34,3 +35,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="PyTorch sees no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped, a line for each reason."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped, {reason.removeprefix('Skipped: ')}")

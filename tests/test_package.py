@@ -198,7 +198,7 @@ def test_install_without_compiler(tmp_path):
     lines = run_python(PROGRAM, tmp_path, TRITON_INTERPRET="1").splitlines()
     warned = [line for line in lines if line.startswith("warning")]
     assert len(warned) == 1
-    assert "cpu tensors run on the slow PyTorch reference (cpu: not built: " in warned[0]
+    assert "CPU tensors run on the slow PyTorch reference (cpu: not built: " in warned[0]
     assert "error: backend 'cpu' cannot run here: not built: the package was installed without a build step" in lines
     assert "error: backend 'cuda' cannot run here: it serves CUDA tensors, not CPU" in lines
 
