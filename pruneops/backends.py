@@ -69,7 +69,8 @@ def choose(device_type):
 @functools.cache
 def _warn_reference(device_type, reasons):
     warnings.warn(
-        f"pruneops: {device_type.upper()} tensors run on the slow PyTorch reference ({reasons}). `pruneops info` says more.",
+        f"pruneops: {device_type.upper()} tensors run on the slow PyTorch reference ({reasons}). "
+        "`pruneops info` says more.",
         stacklevel=2,
     )
 
