@@ -81,7 +81,7 @@ def rules_cpu(target):
     compiler, (includes, libraries) = cxx(), torch_paths()
     import pybind11
 
-    includes = [*includes, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], *includes]  # before torch's own pybind11
     flags = [*common_flags(includes), "-fPIC", "-fvisibility=hidden", "-Wall"]
     link = ["-shared", *(f"-L{path}" for path in libraries), "-ltorch_cpu", "-lc10"]
     sources = sorted([ROOT / "csrc/bindings.cpp", *ROOT.glob("csrc/cpu/*.cpp")])
