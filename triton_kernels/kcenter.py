@@ -468,7 +468,7 @@ def _gram(x, aux, nearest, k, seeds, metric, indices, radii):
 def _rounds(x, aux, nearest, bounds, budgets, k, seeds, metric, M, indices, radii):
     _, N, D = x.shape
     B = x.shape[0] if bounds is None else bounds.shape[0] - 1
-    programs = 1 if interpreting() else _multiprocessors(x.device)
+    programs = _multiprocessors(x.device)
     teams = min(B, programs)
     C = programs // teams
     candidates = torch.empty(teams, M, dtype=torch.int32, device=x.device)
@@ -499,7 +499,8 @@ def _on(device):
 
 @functools.cache
 def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Programs that are resident together; the interpreter runs one after another."""
+    return 1 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _to_device(numbers, device):

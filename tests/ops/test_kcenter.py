@@ -833,3 +833,37 @@ def test_triton_launchers_compile():
     assert launched == 4 * (2 * 9 + 2 * 6 + 4 * 4)
     # a dtype: norms with and without mask, gram, rounds as batch and packed; the greedy kernel serves all dtypes
     assert compiled == 4 * (2 + 1 + 2) + 1, counts
+
+
+TRITON_TEAMS = """
+import sys
+import torch
+import pruneops
+from pruneops import reference
+from pruneops.triton_kernels import kcenter as kernels
+from tests import contract
+from tests.resident_programs import Resident
+
+torch.set_num_threads(1)
+small = {"BLOCK_S": 64, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16}
+kernels.GRAM_TOKENS, kernels.CANDIDATES = 0, (32, 32)
+kernels.ROUNDS = {access: {**tiles, **small} for access, tiles in kernels.ROUNDS.items()}
+kernels._kcenter_rounds_kernel = Resident(kernels._kcenter_rounds_kernel)
+generator = torch.Generator().manual_seed(0)
+for programs, batch in ((3, 1), (5, 2), (4, 3)):
+    kernels._multiprocessors = lambda device: programs
+    x = contract.with_copies(contract.small_integers((batch, 150, 16), generator), generator)
+    seeds = torch.arange(40).flip(0).expand(batch, -1) if batch < 3 else None
+    with pruneops.backend("triton"):
+        found = pruneops.kcenter(x, 100, seeds=seeds, metric="euclidean")
+    assert torch.equal(found.indices, reference.kcenter(x, 100, seeds=seeds, metric="euclidean")[0]), (programs, batch)
+packed = x[:2].flatten(0, 1), torch.tensor([0, 100, 100, 250, 300]), [20, 0, 40, 50]
+with pruneops.backend("triton"):
+    found = pruneops.kcenter_varlen(*packed, metric="euclidean")
+assert torch.equal(found.indices, reference.kcenter_varlen(*packed, metric="euclidean")[0])
+"""
+
+
+def test_triton_teams():
+    """Several programs a team and several teams, all running at once and meeting at the barriers."""
+    contract.run_python(TRITON_TEAMS, TRITON_INTERPRET="1")
