@@ -24,7 +24,8 @@ The number of rounds depends on the data and is decided on the device: the progr
 at barriers in global memory (four a round, about 2 us each), so the host reads nothing and the
 launch can be captured in a CUDA graph. The launch is cooperative: all programs are resident.
 
-None of this has run on a GPU yet; it runs in Triton's interpreter with one program per team.
+None of this has run on a GPU yet. It runs in Triton's interpreter, teams of several programs included
+(tests/resident_programs.py), and compiles for every architecture without spills.
 """
 
 import functools

@@ -106,7 +106,7 @@ def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
     ------
     ValueError, TypeError
         As in `kcenter`; the values of `cu_seqlens`, and `ks` against them, are checked on CPU
-        always, on CUDA when PRUNEOPS_DEBUG=1.
+        always, on CUDA when PRUNEOPS_DEBUG=1. Unchecked bounds that fall are undefined behaviour.
     """
     expect_type("kcenter_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), ks=(ks, (list, tuple)))
     expect_type("kcenter_varlen", seeds=(seeds, OPTIONAL_TENSOR), metric=(metric, str))
