@@ -28,6 +28,8 @@ settings.load_profile("repeatable")
 def pytest_configure(config):
     # NumPy reports the infinities and NaN that the kernels mean.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    # Triton 3.6 converts arrays to scalars in a way that its NumPy announces to end.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items):
