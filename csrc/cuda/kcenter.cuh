@@ -76,6 +76,18 @@ __device__ __forceinline__ float similarity(float dot, float a, float b, bool co
 
 __device__ __forceinline__ float nearer(float s, float sim) { return s < sim ? sim : s; }  // false with NaN
 
+// Four tokens learn of a center by their similarities to it; the one that it is, if any, leaves the pool.
+__device__ __forceinline__ void take_four(float (&s)[4], const float* similarities, int center) {
+  const float4 row = *reinterpret_cast<const float4*>(similarities);
+  s[0] = nearer(s[0], row.x);
+  s[1] = nearer(s[1], row.y);
+  s[2] = nearer(s[2], row.z);
+  s[3] = nearer(s[3], row.w);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i == center) s[i] = NAN;
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Form (i), Gram: three launches, memory [B, N, N].
 
@@ -155,16 +167,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
     if (token < n && given.allows(b, token)) s[i] = norms[token] == norms[token] ? -INFINITY : INFINITY;
   }
   const auto take = [&](int token) {
-    if (4 * tid < n) {
-      const float4 row = *reinterpret_cast<const float4*>(gram + int64_t(token) * pitch);
-      s[0] = nearer(s[0], row.x);
-      s[1] = nearer(s[1], row.y);
-      s[2] = nearer(s[2], row.z);
-      s[3] = nearer(s[3], row.w);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (4 * tid + i == token) s[i] = NAN;
+    if (4 * tid < n) take_four(s, gram + int64_t(token) * pitch, token - 4 * tid);
   };
 
   int64_t step = 0;
@@ -408,14 +411,7 @@ __device__ inline int take_candidates(LazyShared& sh, const float* products, int
         sh.chosen[taken] = token;
         sh.chosen_score[taken] = score_of(least);
       }
-      const float4 row = *reinterpret_cast<const float4*>(sh.products + place * kMaxCandidates + 4 * lane);
-      s[0] = nearer(s[0], row.x);
-      s[1] = nearer(s[1], row.y);
-      s[2] = nearer(s[2], row.z);
-      s[3] = nearer(s[3], row.w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (4 * lane + i == place) s[i] = NAN;
+      take_four(s, sh.products + place * kMaxCandidates + 4 * lane, place - 4 * lane);
     }
     if (lane == 0) sh.taken = taken;
   }
