@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(pruneops_native, m) {
   m.def("kcenter(Tensor x, int k, Tensor? seeds, Tensor? mask, bool cosine) -> (Tensor, Tensor)");
   m.def(
       "kcenter_varlen(Tensor x, Tensor cu_seqlens, int[] ks, Tensor? seeds, bool cosine) -> (Tensor, Tensor)");
+  // x [B, N, D], or packed [1, T, D] with cu_seqlens [n + 1]; reduce: 0 none, 1 max, 2 mean, 3 sum
+  m.def("pivot_cosine(Tensor x, Tensor? cu_seqlens, Tensor pivots, Tensor? mask, int reduce) -> Tensor");
+  m.def("exclusive_bottomk(Tensor scores, int[] quotas, Tensor? taken) -> Tensor");
+  m.def("pivot_bottomk(Tensor x, Tensor pivots, int[] quotas, Tensor? mask) -> Tensor");
+  m.def("assign_ranks(Tensor logits, int j) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

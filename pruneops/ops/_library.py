@@ -1,5 +1,6 @@
 """What every operator shares: its schema, its errors, its dispatch."""
 
+import itertools
 import os
 
 import torch
@@ -9,6 +10,8 @@ from .. import backends
 _library = torch.library.Library("pruneops", "DEF")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT = (int, torch.SymInt)
+OPTIONAL_TENSOR = (torch.Tensor, type(None))
 
 
 class ArgumentValueError(ValueError, RuntimeError):
@@ -79,3 +82,49 @@ def expect_type(op, **arguments):
     for argument, (value, types) in arguments.items():
         names = getattr(types, "__name__", None) or " or ".join(t.__name__ for t in types)
         expect(isinstance(value, types), op, argument, type(value).__name__, names, ArgumentTypeError)
+
+
+def expect_floats(op, argument, tensor, ranks, last="feature"):
+    """A tensor of scores or features: rank, dtype, and something in its last dimension."""
+    expect(
+        tensor.dim() in ranks,
+        op,
+        argument,
+        f"of shape {list(tensor.shape)}",
+        f"of rank {' or '.join(map(str, ranks))}",
+    )
+    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    expect(tensor.dtype in DTYPES, op, argument, tensor.dtype, f"one of {names}", ArgumentTypeError)
+    expect(tensor.shape[-1] > 0, op, argument, f"of shape {list(tensor.shape)}", f"at least one {last} wide")
+
+
+def expect_companion(op, argument, tensor, main, dtypes, shape):
+    """A tensor beside the main one, `main` = (name, tensor); `shape` holds None where any size P is allowed."""
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    expect(tensor.dtype in dtypes, op, argument, tensor.dtype, names, ArgumentTypeError)
+    device = main[1].device
+    expect(tensor.device == device, op, argument, f"on {tensor.device}", f"on the device of {main[0]}, {device}")
+    fits = tensor.dim() == len(shape) and all(want in (None, have) for have, want in zip(tensor.shape, shape))
+    wanted = ", ".join("P" if size is None else str(size) for size in shape)
+    expect(fits, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
+
+
+def expect_bounds(op, bounds, total):
+    """cu_seqlens as a list: rises from 0 to the number of tokens."""
+    expect(bounds[0] == 0, op, "cu_seqlens[0]", bounds[0], "0")
+    expect(bounds[-1] == total, op, "cu_seqlens[-1]", bounds[-1], f"the {total} tokens of x")
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        expect(start <= end, op, "cu_seqlens", f"falling from {start} to {end} at {i}", "non-decreasing")
+
+
+def expect_indices(op, argument, indices, start, end):
+    """All values in [start, end)."""
+    if indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        outside = low if low < start else high
+        expect(start <= low and high < end, op, argument, f"{outside} at one place", f"in [{start}, {end})")
+
+
+def dense(tensor):
+    """The tensor with its last dimension contiguous; `contiguous` would keep an odd stride of a dimension of size 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)

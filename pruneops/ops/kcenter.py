@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import DTYPES, ArgumentTypeError, define, expect, expect_type, is_concrete
+from ._library import (
+    INT,
+    OPTIONAL_TENSOR,
+    define,
+    dense,
+    expect,
+    expect_bounds,
+    expect_companion,
+    expect_floats,
+    expect_indices,
+    expect_type,
+    is_concrete,
+)
 
 METRICS = ("cosine", "euclidean")
-INT = (int, torch.SymInt)
-OPTIONAL_TENSOR = (Tensor, type(None))
 
 
 class KCenter(NamedTuple):
@@ -116,30 +126,17 @@ def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
 
 
 def _check_features(op, x, metric, ranks):
-    expect(x.dim() in ranks, op, "x", f"of shape {list(x.shape)}", f"of rank {' or '.join(map(str, ranks))}")
-    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-    expect(x.dtype in DTYPES, op, "x", x.dtype, f"one of {names}", ArgumentTypeError)
-    expect(x.shape[-1] > 0, op, "x", f"of shape {list(x.shape)}", "at least one feature wide")
+    expect_floats(op, "x", x, ranks)
     expect(metric in METRICS, op, "metric", repr(metric), f"one of {METRICS}")
-
-
-def _check_companion(op, argument, tensor, x, dtypes, shape):
-    """`shape` holds None where any size is allowed."""
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    expect(tensor.dtype in dtypes, op, argument, tensor.dtype, names, ArgumentTypeError)
-    expect(tensor.device == x.device, op, argument, f"on {tensor.device}", f"on the device of x, {x.device}")
-    fits = tensor.dim() == len(shape) and all(want in (None, have) for have, want in zip(tensor.shape, shape))
-    wanted = ", ".join("P" if size is None else str(size) for size in shape)
-    expect(fits, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
 
 
 def _check_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
     _check_features("kcenter", x, metric, ranks=(2, 3))
     batch, tokens = tuple(x.shape[:-2]), x.shape[-2]
     if seeds is not None:
-        _check_companion("kcenter", "seeds", seeds, x, (torch.int64,), (*batch, None))
+        expect_companion("kcenter", "seeds", seeds, ("x", x), (torch.int64,), (*batch, None))
     if mask is not None:
-        _check_companion("kcenter", "mask", mask, x, (torch.bool,), (*batch, tokens))
+        expect_companion("kcenter", "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
     expect(k >= 1, "kcenter", "k", k, "at least 1")
     expect(k <= tokens, "kcenter", "k", k, f"at most the {tokens} tokens of x")
     if seeds is not None:
@@ -155,20 +152,18 @@ def _check_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
 def _check_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
     op = "kcenter_varlen"
     _check_features(op, x, metric, ranks=(2,))
-    _check_companion(op, "cu_seqlens", cu_seqlens, x, (torch.int32, torch.int64), (len(ks) + 1,))
+    expect_companion(op, "cu_seqlens", cu_seqlens, ("x", x), (torch.int32, torch.int64), (len(ks) + 1,))
     for i, k in enumerate(ks):
         expect(k >= 0, op, f"ks[{i}]", k, "at least 0")
     if seeds is not None:
-        _check_companion(op, "seeds", seeds, x, (torch.int64,), (len(ks), None))
+        expect_companion(op, "seeds", seeds, ("x", x), (torch.int64,), (len(ks), None))
         fits = seeds.shape[1] <= min(ks, default=0) or seeds.numel() == 0
         expect(fits, op, "seeds", f"{seeds.shape[1]} a sequence", "no more than the smallest of ks")
     if not is_concrete(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
-    expect(bounds[0] == 0, op, "cu_seqlens[0]", bounds[0], "0")
-    expect(bounds[-1] == x.shape[0], op, "cu_seqlens[-1]", bounds[-1], f"the {x.shape[0]} tokens of x")
+    expect_bounds(op, bounds, x.shape[0])
     for i, (start, end, k) in enumerate(zip(bounds, bounds[1:], ks)):
-        expect(start <= end, op, "cu_seqlens", f"falling from {start} to {end} at {i}", "non-decreasing")
         expect(k <= end - start, op, f"ks[{i}]", k, f"at most the {end - start} tokens of sequence {i}")
         if seeds is not None:
             _check_seeds(op, seeds[i], start, end)
@@ -177,9 +172,7 @@ def _check_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
 def _check_seeds(op, seeds, start, end):
     if seeds.numel() == 0:
         return
-    low, high = int(seeds.min()), int(seeds.max())
-    outside = low if low < start else high
-    expect(start <= low and high < end, op, "seeds", f"{outside} at one place", f"in [{start}, {end})")
+    expect_indices(op, "seeds", seeds, start, end)
     ordered = seeds.sort(-1).values
     distinct = bool((ordered[..., 1:] != ordered[..., :-1]).all())
     expect(distinct, op, "seeds", "the same token twice", "different tokens in each row")
@@ -194,16 +187,11 @@ def _fake_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
     return x.new_empty(sum(ks), dtype=torch.int64), x.new_empty(sum(ks), dtype=torch.float32)
 
 
-def _dense_features(x):
-    """x with its features next to each other; `contiguous` would keep an odd stride of a dimension of size 1."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
 def _unbatched(run):
     """Serve [N, D] through a backend that knows [B, N, D] only; lay features next to each other."""
 
     def call(x, k, *, seeds=None, mask=None, metric="cosine"):
-        x = _dense_features(x)
+        x = dense(x)
         if x.dim() == 3:
             return run(x, k, seeds, mask, metric)
         seeds, mask = (None if t is None else t[None] for t in (seeds, mask))
@@ -217,7 +205,7 @@ def _packed(run):
     """Serve any strides and cu_seqlens dtype through a backend that takes int64 and contiguous features."""
 
     def call(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
-        x = _dense_features(x)
+        x = dense(x)
         return run(x, cu_seqlens.to(torch.int64), ks, seeds, metric)
 
     return call

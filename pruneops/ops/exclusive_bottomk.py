@@ -1,0 +1,212 @@
+"""Exclusive bottom-k selection: schemas, argument checks, fake kernels, choice of backend."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import (
+    INT,
+    OPTIONAL_TENSOR,
+    define,
+    dense,
+    expect,
+    expect_companion,
+    expect_floats,
+    expect_indices,
+    expect_type,
+    is_concrete,
+)
+
+MOST_ROWS = 64  # quotas travel to the GPU as arguments of the launch, so that nothing is copied from the host
+
+
+def exclusive_bottomk(scores, quotas, *, taken=None):
+    """Row after row takes its lowest tokens among those that nobody has taken.
+
+    What a host loop of `topk` and `scatter` does, in one launch and without a look at the result.
+
+    Parameters
+    ----------
+    scores : Tensor [B, P, N] or [P, N], float32, float16 or bfloat16
+        One row of scores per taker, any strides; at most 64 rows.
+    quotas : sequence of P int
+        How many tokens each row takes, 0 allowed; the same for every batch entry.
+    taken : Tensor [B, N] or [N], bool, optional
+        True where a token is not to be had.
+
+    Returns
+    -------
+    Tensor [B, sum(quotas)] or [sum(quotas)], int64
+        The tokens of row 0, lowest first, then those of row 1, ... No token appears twice. Ties go
+        to the lowest index; scores that are not finite (NaN, inf and -inf alike) come last, in
+        index order.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched. That enough tokens are left is checked on
+        CPU always, on CUDA when PRUNEOPS_DEBUG=1; an unchecked CUDA call that runs out of tokens
+        returns index -1.
+
+    Notes
+    -----
+    Not differentiable.
+
+    Source: the public code of DART (arXiv:2502.11494), whose pivots take their least similar
+    tokens one after another.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> scores = torch.tensor([[0.3, 0.1, 0.2, 0.9], [0.0, -1.0, 0.5, 0.5]])
+    >>> pruneops.exclusive_bottomk(scores, [2, 1])
+    tensor([1, 2, 0])
+    """
+    expect_type("exclusive_bottomk", scores=(scores, Tensor), taken=(taken, OPTIONAL_TENSOR))
+    _expect_quotas_type("exclusive_bottomk", quotas)
+    return torch.ops.pruneops.exclusive_bottomk(scores, quotas, taken=taken)
+
+
+def pivot_bottomk(x, pivots, quotas, *, mask=None):
+    """Pivot after pivot takes the tokens least similar to it: DART's selection from features to indices.
+
+    The same as `exclusive_bottomk(pivot_cosine(x, pivots), quotas, taken=~mask)` in one call.
+
+    Parameters
+    ----------
+    x : Tensor [B, N, D] or [N, D], float32, float16 or bfloat16
+        Tokens, any strides.
+    pivots : Tensor [B, P] or [P], int64
+        Indices into x; at most 64 a row.
+    quotas : sequence of P int
+        How many tokens each pivot takes.
+    mask : Tensor [B, N] or [N], bool, optional
+        True where a token may be taken. Pivots are tokens like any other: exclude them here if
+        they are not to be taken.
+
+    Returns
+    -------
+    Tensor [B, sum(quotas)] or [sum(quotas)], int64
+        In the order of `exclusive_bottomk`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `pivot_cosine` and `exclusive_bottomk`.
+    """
+    expect_type("pivot_bottomk", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
+    _expect_quotas_type("pivot_bottomk", quotas)
+    return torch.ops.pruneops.pivot_bottomk(x, pivots, quotas, mask=mask)
+
+
+def _expect_quotas_type(op, quotas):
+    expect_type(op, quotas=(quotas, (list, tuple)))
+    for p, quota in enumerate(quotas):
+        expect_type(op, **{f"quotas[{p}]": (quota, INT)})
+
+
+def _check_quotas(op, quotas, rows, whose, tokens, free):
+    """`free` = (a bool tensor, whether True in it means free), or None."""
+    expect(rows <= MOST_ROWS, op, whose, f"{rows} rows", f"at most {MOST_ROWS} rows")
+    expect(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {whose}")
+    for p, quota in enumerate(quotas):
+        expect(quota >= 0, op, f"quotas[{p}]", quota, "at least 0")
+    total = sum(quotas)
+    expect(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {whose}")
+    if free is not None and is_concrete(free[0]) and free[0].numel():
+        count = free[0].sum(-1)
+        fewest = int(count.min()) if free[1] else tokens - int(count.max())
+        expect(total <= fewest, op, "sum(quotas)", total, f"at most the {fewest} tokens that are free in every row")
+
+
+def _check_bottomk(scores, quotas, *, taken=None):
+    op = "exclusive_bottomk"
+    expect_floats(op, "scores", scores, ranks=(2, 3), last="token")
+    tokens = scores.shape[-1]
+    if taken is not None:
+        expect_companion(op, "taken", taken, ("scores", scores), (torch.bool,), (*scores.shape[:-2], tokens))
+    _check_quotas(op, quotas, scores.shape[-2], "scores", tokens, None if taken is None else (taken, False))
+
+
+def _check_pivot_bottomk(x, pivots, quotas, *, mask=None):
+    op = "pivot_bottomk"
+    expect_floats(op, "x", x, ranks=(2, 3))
+    batch, tokens = tuple(x.shape[:-2]), x.shape[-2]
+    expect_companion(op, "pivots", pivots, ("x", x), (torch.int64,), (*batch, None))
+    if mask is not None:
+        expect_companion(op, "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
+    _check_quotas(op, quotas, pivots.shape[-1], "pivots", tokens, None if mask is None else (mask, True))
+    if is_concrete(pivots):
+        expect_indices(op, "pivots", pivots, 0, tokens)
+
+
+def _fake_bottomk(scores, quotas, *, taken=None):
+    return scores.new_empty((*scores.shape[:-2], sum(quotas)), dtype=torch.int64)
+
+
+def _fake_pivot_bottomk(x, pivots, quotas, *, mask=None):
+    return x.new_empty((*x.shape[:-2], sum(quotas)), dtype=torch.int64)
+
+
+def _batched_bottomk(run):
+    def call(scores, quotas, *, taken=None):
+        scores = dense(scores)
+        if scores.dim() == 3:
+            return run(scores, quotas, taken)
+        return run(scores[None], quotas, None if taken is None else taken[None])[0]
+
+    return call
+
+
+def _batched_pivot_bottomk(run):
+    def call(x, pivots, quotas, *, mask=None):
+        x = dense(x)
+        if x.dim() == 3:
+            return run(x, pivots, quotas, mask)
+        return run(x[None], pivots[None], quotas, None if mask is None else mask[None])[0]
+
+    return call
+
+
+def _native_bottomk(scores, quotas, taken):
+    return torch.ops.pruneops_native.exclusive_bottomk(scores, quotas, taken)
+
+
+def _native_pivot_bottomk(x, pivots, quotas, mask):
+    return torch.ops.pruneops_native.pivot_bottomk(x, pivots, quotas, mask)
+
+
+def _triton_bottomk(scores, quotas, taken):
+    from ..triton_kernels import exclusive_bottomk as kernels
+
+    return kernels.exclusive_bottomk(scores, quotas, taken)
+
+
+def _triton_pivot_bottomk(x, pivots, quotas, mask):
+    from ..triton_kernels import exclusive_bottomk as kernels
+
+    return kernels.pivot_bottomk(x, pivots, quotas, mask)
+
+
+define(
+    "exclusive_bottomk(Tensor scores, int[] quotas, *, Tensor? taken=None) -> Tensor",
+    _check_bottomk,
+    _fake_bottomk,
+    {
+        "reference": reference.exclusive_bottomk,
+        "cpu": _batched_bottomk(_native_bottomk),
+        "triton": _batched_bottomk(_triton_bottomk),
+        "cuda": _batched_bottomk(_native_bottomk),
+    },
+)
+define(
+    "pivot_bottomk(Tensor x, Tensor pivots, int[] quotas, *, Tensor? mask=None) -> Tensor",
+    _check_pivot_bottomk,
+    _fake_pivot_bottomk,
+    {
+        "reference": reference.pivot_bottomk,
+        "cpu": _batched_pivot_bottomk(_native_pivot_bottomk),
+        "triton": _batched_pivot_bottomk(_triton_pivot_bottomk),
+        "cuda": _batched_pivot_bottomk(_native_pivot_bottomk),
+    },
+)
