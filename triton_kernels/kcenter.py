@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 
 from ..backends import interpreting
+from ._shared import INF, LARGEST_SQUARE, LAST_KEY, OPTIONS, SMALLEST_SQUARE, access, compile_job, on, order_of
 
 GRAM_TOKENS = 4096  # largest N whose N x N similarities are stored: 64 MB a row of the batch
 GRAM_BYTES = 1 << 29  # largest such matrix of a whole batch
@@ -55,9 +56,6 @@ ROUNDS = {
     "float": {**_SCAN, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 16, "num_stages": 3},
     "unaligned": {**_SCAN, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 16, "num_stages": 2},
 }
-# Fusion said out loud: its default differs among Triton releases. All registers: these kernels run
-# one program per multiprocessor, and ptxas would otherwise spill to fit two.
-OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
 GREEDY_TOKENS = (512, 1024, 2048, 4096)  # widths that the greedy kernel is compiled for
 CANDIDATES = (128, 256)
 
@@ -67,23 +65,11 @@ _kernel = triton.jit(
     do_not_specialize_on_alignment=("seeds", "mask", "bounds", "budgets", "indices", "radii"),
 )
 
-SMALLEST_SQUARE = tl.constexpr(2.0**-126)  # below: a zero vector
-LARGEST_SQUARE = tl.constexpr(float(torch.finfo(torch.float32).max) / 4)  # above: non-finite
-INF = tl.constexpr(float("inf"))  # NaN is written out: as a global it would differ from itself
-LAST_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # of what can not be chosen
-
-
-@triton.jit
-def _order(s):
-    """int32 that orders float32 values as numbers do, -0.0 and 0.0 alike; NaN must be handled apart."""
-    bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
 
 @triton.jit
 def _key(s, index):
     """int64 ordered as (s, index); NaN (not available) last."""
-    key = (_order(s).to(tl.int64) << 32) | index.to(tl.int64)
+    key = (order_of(s).to(tl.int64) << 32) | index.to(tl.int64)
     return tl.where(s == s, key, LAST_KEY)
 
 
@@ -231,7 +217,7 @@ def _select_threshold(s, N, M, BLOCK_S: tl.constexpr):
         counts = tl.zeros([256], tl.int32)
         for start in range(0, N, BLOCK_S):
             v = tl.load(s + start + lane, mask=start + lane < N, other=float("nan"), cache_modifier=".cg")
-            digits = _order(v).to(tl.uint32, bitcast=True) ^ 0x80000000
+            digits = order_of(v).to(tl.uint32, bitcast=True) ^ 0x80000000
             here = (v == v) & (((digits >> shift) >> 8) == prefix)
             counts += tl.histogram(((digits >> shift) & 255).to(tl.int32), 256, mask=here)
         upto = taken + tl.cumsum(counts, 0)  # [256] tokens up to and including a digit
@@ -255,7 +241,7 @@ def _take_candidates(s, candidates, candidate_s, threshold, ties, N, BLOCK_S: tl
     tau = tl.full([], LAST_KEY, tl.int64)
     for start in range(0, N, BLOCK_S):
         v = tl.load(s + start + lane, mask=start + lane < N, other=float("nan"), cache_modifier=".cg")
-        order = _order(v)
+        order = order_of(v)
         tie = ((v == v) & (order == threshold)).to(tl.int32)
         early = ties_seen + tl.cumsum(tie, 0) <= ties
         take = (v == v) & ((order < threshold) | ((tie != 0) & early))
@@ -414,7 +400,7 @@ def kcenter(x, k, seeds, mask, metric):
     if B == 0:
         return indices, radii
     x = x.float() if interpreting() else x  # the interpreter's bfloat16 products are wrong
-    with _on(x.device):
+    with on(x.device):
         aux, nearest = _norms(x, mask, metric)
         if N <= GRAM_TOKENS and 4 * B * N * N <= GRAM_BYTES:
             _gram(x, aux, nearest, k, seeds, metric, indices, radii)
@@ -431,7 +417,7 @@ def kcenter_varlen(x, cu_seqlens, ks, seeds, metric):
     if indices.numel() == 0:
         return indices, radii
     x = x.float() if interpreting() else x
-    with _on(x.device):
+    with on(x.device):
         aux, nearest = _norms(x[None], None, metric)
         budgets = _to_device([0, *itertools.accumulate(ks)], x.device)
         _rounds(x[None], aux, nearest, cu_seqlens, budgets, 0, seeds, metric, CANDIDATES[0], indices, radii)
@@ -453,7 +439,7 @@ def _gram(x, aux, nearest, k, seeds, metric, indices, radii):
     B, N, D = x.shape
     cosine = metric == "cosine"
     gram = torch.empty(B, N, N, dtype=torch.float32, device=x.device)
-    config = GRAM[_access(x)]
+    config = GRAM[access(x)]
     side = triton.cdiv(N, config["BLOCK"])
     _kcenter_gram_kernel[B * (side * (side + 1) // 2),](
         x, aux, gram, *x.stride()[:2], N, D, COSINE=cosine, **config, **OPTIONS
@@ -482,20 +468,8 @@ def _rounds(x, aux, nearest, bounds, budgets, k, seeds, metric, M, indices, radi
         x, aux, nearest, seeds, bounds, budgets, indices, radii, candidates, candidate_s, pairs, control,
         *x.stride()[:2], *seeds.stride(), B, N, seeds.shape[1], k, D, C,
         COSINE=metric == "cosine", VARLEN=bounds is not None, M=M,
-        **ROUNDS[_access(x)], **OPTIONS, **cooperative,
+        **ROUNDS[access(x)], **OPTIONS, **cooperative,
     )  # fmt: skip
-
-
-def _access(x):
-    """Which tiles suit x: by element size if every row starts on 16 elements, as Triton's specialisation sees it."""
-    aligned = x.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in (*x.stride()[:2], x.shape[2]))
-    if not aligned:
-        return "unaligned"
-    return "half" if x.element_size() == 2 else "float"
-
-
-def _on(device):
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
 
 
 @functools.cache
@@ -520,32 +494,21 @@ def compile_jobs():
         types = {"mask": "*u8", "candidates": "*i32", "control": "*i32", "x": f"*{dtype}"}
         types |= {name: "*i64" for name in ("indices", "seeds", "bounds", "budgets")}
         types |= {name: "*fp32" for name in ("aux", "nearest", "gram", "radii", "candidate_s", "pairs")}
-        options = OPTIONS | {key: value for key, value in config.items() if key.startswith("num_")}
-        constexprs |= {key: value for key, value in config.items() if key not in options}
         divisible = {"x", "stride_b", "stride_n", "D"} if aligned else set()
-        jobs.append(
-            {
-                "label": "-".join([kernel.__name__, dtype, *(f"{k}={v}" for k, v in constexprs.items())]),
-                "kernel": kernel.__name__,
-                "signature": {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs},
-                "constexprs": constexprs,
-                "options": options,
-                "divisible_by_16": [name for name in kernel.arg_names if name in divisible],
-            }
-        )
+        jobs.append(compile_job(kernel, config, types, divisible, (dtype,), **constexprs))
 
-    for dtype, access, cosine in (
+    for dtype, tiles, cosine in (
         ("bf16", "half", True),
         ("fp16", "half", False),
         ("fp32", "float", True),
         ("bf16", "unaligned", False),
         ("fp32", "unaligned", True),
     ):
-        aligned = access != "unaligned"
+        aligned = tiles != "unaligned"
         add(_kcenter_norms_kernel, NORMS, dtype, aligned, COSINE=cosine, HAS_MASK=cosine)
-        add(_kcenter_gram_kernel, GRAM[access], dtype, aligned, COSINE=cosine)
+        add(_kcenter_gram_kernel, GRAM[tiles], dtype, aligned, COSINE=cosine)
         for M, varlen in ((CANDIDATES[0], True), *((M, False) for M in CANDIDATES)):
-            add(_kcenter_rounds_kernel, ROUNDS[access], dtype, aligned, COSINE=cosine, VARLEN=varlen, M=M)
+            add(_kcenter_rounds_kernel, ROUNDS[tiles], dtype, aligned, COSINE=cosine, VARLEN=varlen, M=M)
     for width, cosine in itertools.product(GREEDY_TOKENS, (True, False)):
         add(_kcenter_greedy_kernel, {"BLOCK_N": width, "num_warps": 8}, "fp32", False, COSINE=cosine)
     return jobs
