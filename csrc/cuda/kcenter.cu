@@ -3,7 +3,7 @@
 // kernel adds them up in the same order, so both forms choose alike to the bit, equal tokens tie exactly, and every
 // prefix is the answer for a smaller k.
 //
-// NOT YET RUN ON A GPU. The kernels run on emulated threads in tests/test_cuda_emulation.py; all times below are
+// NOT YET RUN ON A GPU. The kernels run on emulated threads in tests/cuda_emulation; all times below are
 // expectations from counted operations and bytes.
 //
 // Two forms, chosen by N, B and element type only:

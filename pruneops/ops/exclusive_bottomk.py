@@ -106,7 +106,7 @@ def _expect_quotas_type(op, quotas):
 
 
 def _check_quotas(op, quotas, rows, tokens, free):
-    """`rows` and `tokens`: (what has them, how many); `free`: (a bool tensor, whether True in it means free) or None."""
+    """`rows` and `tokens`: (what has them, how many); `free`: (a bool tensor, whether True means free) or None."""
     (whose, rows), (of, tokens) = rows, tokens
     expect(rows <= MOST_ROWS, op, whose, f"{rows} rows", f"at most {MOST_ROWS} rows")
     expect(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {whose}")
