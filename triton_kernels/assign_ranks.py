@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backends import interpreting
 from ._shared import INF, LAST_KEY, OPTIONS, compile_job, on
 from .exclusive_bottomk import score_order
 
@@ -84,6 +85,7 @@ def assign_ranks(logits, j):
     indices = torch.empty(B, j, dtype=torch.int64, device=logits.device)
     if B == 0:
         return indices
+    logits = logits.float() if interpreting() else logits  # the interpreter loses the least bfloat16 numbers
     orders = torch.empty(B, j, N, dtype=torch.int32, device=logits.device)
     marks = torch.empty(B, N, dtype=torch.uint8, device=logits.device)
     with on(logits.device):

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backends import interpreting
 from . import pivot_cosine as scoring
 from ._shared import LAST_KEY, OPTIONS, compile_job, on, order_of
 
@@ -178,6 +179,7 @@ def exclusive_bottomk(scores, quotas, taken, free=False):
     """
     B, P, N = scores.shape
     K = sum(quotas)
+    scores = scores.float() if interpreting() else scores  # the interpreter loses the least bfloat16 numbers
     indices = torch.empty(B, K, dtype=torch.int64, device=scores.device)
     if indices.numel() == 0:
         return indices

@@ -25,7 +25,7 @@ FEW_TOKENS = 16384  # up to this many in all, small tiles spread them over more 
 REDUCTIONS = (None, "max", "mean", "sum")
 
 # Features a step by (bytes of an element, few pivots). Alignment must not change it: it orders the sums.
-BLOCK_D = {(2, True): 128, (2, False): 64, (4, True): 64, (4, False): 16}
+BLOCK_D = {(2, True): 128, (2, False): 64, (4, True): 32, (4, False): 16}
 BLOCK_N = {True: (16, 32), False: (16, 64)}  # few or many pivots: few tokens, many tokens
 STAGES = {16: 6, 32: 5, 64: 4}  # that fit the 99 KB of shared memory of sm_86, sm_89 and sm_120
 
