@@ -1,6 +1,6 @@
-// Rank assignment on CUDA: rank after rank takes the token most likely in its column among those not taken.
-// pruneops/reference/assign_ranks.py is the specification; probabilities are compared by their logarithms, float32, with
-// the full-precision exponential and logarithm.
+// Rank assignment on CUDA: rank after rank takes the most likely token of its column among those not taken.
+// pruneops/reference/assign_ranks.py is the specification; probabilities are compared by their logarithms, float32,
+// with the full-precision exponential and logarithm.
 //
 // NOT YET RUN ON A GPU. The kernel runs on emulated threads in tests/cuda_emulation; all times below are expectations
 // from counted instructions and bytes.
@@ -8,15 +8,15 @@
 // One launch, a block per batch entry, logits in shared memory: all of them if they fit (N 576, J 64 in 227 KB, J 32 in
 // 99 KB), else tile by tile, scores [B, j, N] and owners [B, N] in scratch memory. The ranks then choose all at once
 // instead of one after the other: each, a warp, asks for its best token; a token stays with the best rank that asks; a
-// rank turned down asks for its next. That ends as if they had chosen in turn, after 1 round if the ranks want different
-// tokens, about 10 for J 32 rankers whose columns drift from token to token, j at worst.
+// rank turned down asks for its next. That ends as if they had chosen in turn: after 1 round if they want different
+// tokens, about 10 if J 32 columns drift from token to token, j at worst.
 //
 // N 576, J 32, float32 on an H200, in cycles:
 //   copy    76 KB at 64 bytes a cycle 1200, latency 700
 //   scores  840 instructions a warp of tokens (33 exponentials a token), 18 warps on 4 schedulers 3800
 //   rounds  the first 300 instructions a warp, 32 warps 2400; each after it 700
-// 8000 cycles, 4.2 us at 1.9 GHz, with 1 round; 8 us with 10; 16 us with 32. N 65536, J 64: 17 MB in and 17 MB out by one
-// multiprocessor, then a column of 256 KB a warp and round: about 1 ms.
+// 8000 cycles, 4.2 us at 1.9 GHz, with 1 round; 8 us with 10; 16 us with 32. N 65536, J 64: 17 MB in and 17 MB out by
+// one multiprocessor, then a column of 256 KB a warp and round: about 1 ms.
 
 #include "cuda/assign_ranks.cuh"
 #include "cuda/host.cuh"

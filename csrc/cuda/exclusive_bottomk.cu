@@ -8,15 +8,15 @@
 //
 // One launch, in one of two forms, chosen by N and the quotas only:
 // (i)  Lists, up to 262144 tokens, and 3072 choices or 4096 tokens. The rows before row p take quotas[0] + ... +
-//      quotas[p - 1] tokens at most, so row p finds its own among its lowest quotas[0] + ... + quotas[p]. The blocks of a
-//      cluster, up to 8, list those of all rows, sorted, in scratch memory; they meet; one warp of the first walks list
-//      after list, 128 candidates at a time, with a bit for each token taken. Before compute capability 9.0 there are no
-//      clusters and the one block lists row after row.
+//      quotas[p - 1] tokens at most, so row p finds its own among its lowest quotas[0] + ... + quotas[p]. The blocks of
+//      a cluster, up to 8, list those of all rows, sorted, in scratch memory; they meet; one warp of the first walks
+//      list after list, 128 candidates at a time, with a bit for each token taken. Before compute capability 9.0 there
+//      are no clusters, and one block lists row after row.
 // (ii) One by one. A block takes for row after row, at most 3072 tokens at a time, and marks them in N / 8 bytes of
 //      scratch memory.
 // Both find the lowest tokens of a row in the same way, in passes over its scores (N <= 4096: in registers):
 //   count  in 4096 bins of 2^20 orders each, an eighth of an octave; prefix sums say in which bin the last one needed
-//          lies. If there are more than 4096 candidates up to there, that bin is divided again, by order, then by index;
+//          lies. If there are too many candidates up to there, that bin is divided again: by order, then by index;
 //   sort   count the candidates in 4096 bins of the orders they span; deal them out; rank each within its bin.
 //
 // B 1, N 2880, P 8, quotas 36 on an H200, in cycles; the scores, 92 KB, come out of L2 once:
@@ -60,7 +60,9 @@ Tensor select(const Tensor& scores, const std::vector<int64_t>& quotas, const st
   if (batch == 0 || total == 0) return out;
   by_element(scores.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Bottomk<T> p{static_cast<const T*>(scores.data_ptr()), {scores.stride(0), scores.stride(1)}, flags_of(flags), taken};
+    Bottomk<T> p{static_cast<const T*>(scores.data_ptr()), {scores.stride(0), scores.stride(1)}};
+    p.flags = flags_of(flags);
+    p.taken = taken;
     p.tokens = static_cast<int>(tokens);
     p.rows = static_cast<int>(rows);
     p.out = static_cast<int64_t*>(out.data_ptr());

@@ -15,12 +15,12 @@ namespace pruneops {
 constexpr int kMostTakers = 64;  // rows of scores: their quotas travel by value
 constexpr int kMostBlocks = 8;   // of a cluster
 constexpr int kSelectThreads = 512;
-constexpr int kHeld = 8;    // tokens in the registers of a thread
+constexpr int kHeld = 8;  // tokens in the registers of a thread
 constexpr int kBinBits = 12;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kOwnBins = kBins / kSelectThreads;  // of a thread
-constexpr int kRoom = 4096;                                 // candidates of a row
-constexpr int kHelping = kRoom / 4 * 3;                     // tokens that are sure to find room, and some to spare
+constexpr int kRoom = 4096;                       // candidates of a row
+constexpr int kHelping = kRoom / 4 * 3;           // tokens that one block takes at a time
 
 template <class T>
 struct Bottomk {
@@ -78,8 +78,8 @@ struct Used {
   __device__ void add(unsigned token) const { atomicOr(&bits[token / 32], 1u << token % 32); }
 };
 
-// Scores of a row as orders: kExcluded for a token that is not to be had, kInfinite for a score that is not finite. Each
-// thread has every kSelectThreads-th token; a row of up to kHeld of them is read once.
+// Scores of a row as orders: kExcluded for a token that is not to be had, kInfinite for a score that is not finite.
+// Each thread has every kSelectThreads-th token; a row of up to kHeld of them is read once.
 template <class T, class Gone>
 struct ScoreRow {
   const T* scores;
@@ -178,9 +178,9 @@ __device__ int count_bins(BottomkShared& sh, Row& row, unsigned low, unsigned hi
 
 // Gives the `need` lowest tokens of a row to emit(rank, token), and returns how many: fewer if there are not as many.
 //
-// Candidates are all up to the end of the bin in which the last one needed lies, of bins that divide that bin again
-// for as long as there are more than kRoom; where one order alone has as many, they divide its indices. Then the
-// candidates are dealt to bins of the orders that they span, and ranked within their bin.
+// Candidates are all up to the end of the bin in which the last one needed lies, of bins that divide that bin again for
+// as long as there are too many; where one order alone has as many, they divide its indices. Then the candidates are
+// dealt to bins of the orders that they span, and ranked within their bin.
 template <class Row, class Emit>
 __device__ int take_lowest(BottomkShared& sh, Row& row, int need, const Emit& emit) {
   unsigned cut = kInfinite, latest = kExcluded;  // candidates are under the cut, or at it and no later than the latest
@@ -206,7 +206,7 @@ __device__ int take_lowest(BottomkShared& sh, Row& row, int need, const Emit& em
     (by_index ? latest : cut) = high;
     candidates = below + sh.bins[bin + 1];
     below += sh.bins[bin];
-    sorting = candidates <= kRoom;
+    sorting = candidates <= min(kRoom, 2 * need + 512);
     if (sorting) {
       by_index = false;
       low = least;

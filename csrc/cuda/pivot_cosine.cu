@@ -1,7 +1,7 @@
 // Pivot cosines on CUDA: cosine of every token with a few pivot tokens, or the greatest, mean or sum of them.
-// pruneops/reference/pivot_cosine.py is the specification. Products and squared norms, of tokens and pivots, are float32
-// sums made in one pass over x; their order depends on the width alone, so neither strides, batch nor packing change a
-// bit. The reduced forms never store [B, P, N].
+// pruneops/reference/pivot_cosine.py is the specification. Products and squared norms, of tokens and pivots, are
+// float32 sums made in one pass over x; their order depends on the width alone, so neither strides, batch nor packing
+// change a bit. The reduced forms never store [B, P, N].
 //
 // NOT YET RUN ON A GPU. The kernel runs on emulated threads in tests/cuda_emulation; all times below are expectations
 // from counted instructions and bytes.
@@ -14,7 +14,7 @@
 //
 // N 2880, D 4096, P 8, bfloat16 on an H200 (4.3 TB/s, 132 multiprocessors):
 //   bytes         x once, 23.6 MB: 5.5 us; 64 KB of pivots for each of 180 blocks, 11.8 MB out of L2
-//   under way     8 loads of tokens and 4 of pivots a lane, 48 KB a block, 66 KB a multiprocessor; 20 KB cover the latency
+//   under way     8 loads of tokens and 4 of pivots a lane, 48 KB a block, 66 KB a multiprocessor; 20 KB are enough
 //   instructions  240 a warp for 128 features (8 products, 192 for the squares): 2600 a scheduler, 1.4 us
 //   latency       index, pivot, 4 loads in a row: 5 x 800 cycles, 2.1 us; sums over the warps 0.3 us
 // About 7.5 us. N 23328 (191 MB, 44 us): 50 us. P 64: 47 MB of pivots out of L2 and 960 instructions a warp for 128

@@ -35,8 +35,8 @@ struct PivotCosine {
   float* out;  // [B, P, N], reduced [B, N]; of a packed x [P, T], [T]
 };
 
-// Blocks of `rows` tokens. Sequence s of a packed x begins with block cu_seqlens[s] / rows + s: enough for all of it, with
-// no look at the lengths on the host.
+// Blocks of `rows` tokens. Sequence s of a packed x begins with block cu_seqlens[s] / rows + s: enough for all of it,
+// with no look at the lengths on the host.
 template <class T>
 int64_t block_count(const PivotCosine<T>& p, int64_t batch, int rows) {
   return p.cu_seqlens ? p.tokens / rows + p.sequences : batch * ((p.tokens + rows - 1) / rows);

@@ -1,6 +1,7 @@
 """Rank assignment on every backend: the contract of `pruneops.assign_ranks`, line by line."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def assert_most_probable(logits, ranks):
     scores = float64_scores(logits)
     everyone = torch.ones(len(logits), dtype=torch.bool)
     scale = 1 + float(scores.gather(1, ranks[:, None]).max())
-    contract.assert_greedy(ranks, scores, everyone, 8 * EPS * scale)
+    contract.assert_greedy(ranks, scores, everyone, 4 * EPS * scale)
 
 
 @every_backend
@@ -143,14 +144,15 @@ def test_real_values(target, dtype):
 @every_backend
 @pytest.mark.parametrize("ranks", [3, 32, 64])
 def test_close_calls(target, ranks):
-    """Two tokens for every rank, of all but equal probability among very different others."""
+    """Two tokens for every rank, of all but equal probability: one has one other class, one has many."""
     generator = torch.Generator().manual_seed(ranks)
-    logits = 2 * torch.randn(2, ranks, ranks + 1, generator=generator, dtype=torch.float64)
+    logits = torch.full((2, ranks, ranks + 1), -30.0, dtype=torch.float64)
     own = torch.arange(ranks)
-    logits[0, own, own] += 5
-    best = logits[0].log_softmax(-1)[own, own] - (3 + 7 * torch.rand(ranks, generator=generator)) * 1e-6
-    rest = logits[1].index_put((own, own), torch.tensor(-torch.inf, dtype=torch.float64)).logsumexp(-1)
-    logits[1, own, own] = best + rest - torch.log1p(-best.exp())
+    logits[0, own, own] = 0
+    logits[0, :, -1] = 3 * torch.rand(ranks, generator=generator) - 1.5
+    best = logits[0].log_softmax(-1)[own, own] - (1.5 + 3.5 * torch.rand(ranks, generator=generator)) * 1e-6
+    logits[1] = 0
+    logits[1, own, own] = best + math.log(ranks) - torch.log1p(-best.exp())
     logits = logits.flatten(0, 1)[torch.randperm(2 * ranks, generator=generator)].float()
     assert_most_probable(logits, call(target, "assign_ranks", logits, ranks))
 

@@ -19,6 +19,6 @@ def test_operators(name):
         pytest.skip("not on this machine")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-k", f"cpu-cpu and ({ARITHMETIC})"]
     done = subprocess.run(
-        [*command, "tests/ops"], env={**os.environ, **lowered}, cwd=ROOT, capture_output=True, text=True
+        [*command, "tests/ops"], env={**os.environ, **lowered}, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:]
