@@ -32,10 +32,10 @@ test: lint
 	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
 	$(MAKE) test-oldest test-newest
 
-# the operators on the oldest supported and on the newest Triton
+# the operators on the oldest supported and on the newest Triton; compilation for two cards is enough there
 test-oldest test-newest: test-%: .triton/%/.packages
 	PYTHONPATH=.triton/$* PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto \
-		-k "triton" tests/ops tests/test_triton_compile.py
+		-k "triton and not (fit and (80 or 86 or 89 or 100))" tests/ops tests/test_triton_compile.py
 
 .triton/%/.packages: requirements/%.txt .venv/.built
 	rm -rf $(@D)
