@@ -103,7 +103,7 @@ def _gather(row, marks, keys, N, last, below, ties, BLOCK_N: tl.constexpr):
     for start in range(0, N, BLOCK_N):
         order = _orders(row, marks, start + lane, N)
         lower = order <= last
-        tie = (order == last + 1) & (ties > 0)
+        tie = order == last + 1
         upto = tl.cumsum(lower.to(tl.int32) + (tie.to(tl.int32) << 16), 0)  # both counts: BLOCK_N < 2^16
         tie_rank = ties_seen + (upto >> 16)
         slot = tl.where(lower, lower_seen + (upto & 0xFFFF), below + tie_rank) - 1

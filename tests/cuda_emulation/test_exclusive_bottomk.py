@@ -126,7 +126,7 @@ def test_every_token(emulate, form, tokens):
 
 
 @by_form
-@pytest.mark.parametrize("spread", ("equal", "narrow", "wide", "two"))
+@pytest.mark.parametrize("spread", ("equal", "narrow", "wide", "two", "steps"))
 def test_more_candidates_than_there_is_room_for(emulate, form, spread):
     """All in one bin, whose bins must be looked into: by order, by index."""
     scores = {
@@ -134,5 +134,6 @@ def test_more_candidates_than_there_is_room_for(emulate, form, spread):
         "narrow": 1 + torch.rand(12000) * 1e-4,
         "wide": torch.randn(12000) * torch.exp2(torch.randint(-140, 120, (12000,))),
         "two": (torch.arange(12000) % 3 == 0).float(),
+        "steps": torch.tensor([-1.0] * 50 + [1.0] * 950 + [1.00004] * 9000 + [2.0] * 2000)[torch.randperm(12000)],
     }[spread].expand(1, 3, -1)
     assert_right(emulate, scores, [100, 2500, 7], torch.rand(1, 12000) < 0.1, **form)
