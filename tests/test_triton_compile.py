@@ -13,8 +13,7 @@ from tests import contract
 pytest.importorskip("triton")
 
 MODULES = [
-    f"pruneops.triton_kernels.{path.stem}"
-    for path in sorted(Path(contract.ROOT, "triton_kernels").glob("[!_]*.py"))
+    f"pruneops.triton_kernels.{path.stem}" for path in sorted(Path(contract.ROOT, "triton_kernels").glob("[!_]*.py"))
 ]
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may ask for, by compute capability
 
