@@ -183,7 +183,7 @@ def _attention_sums_kernel(
         if code >= 0:
             total += tl.where((g == code)[None, :], tl.sum(p, 1)[:, None], 0.0)
         else:
-            for one in tl.static_range(G):
+            for one in range(G):
                 part = tl.sum(tl.where((found == one)[None, :], p, 0.0), 1)
                 total += tl.where((g == one)[None, :], part[:, None], 0.0)
     place = row * splits + split
@@ -235,7 +235,7 @@ def _attention_reduce_kernel(
             whole = tl.sum(total, 1)
             tl.store(lse + row + position, tl.where(whole == 0.0, -INF, (top + tl.log2(whole)) * LN2), mask=ok)
             total = total / tl.where(whole == 0.0, 1.0, whole)[:, None]
-        for one in tl.static_range(G):
+        for one in range(G):
             part = tl.sum(tl.where((found == one)[:, None], total, 0.0), 0)
             acc += tl.where((g == one)[:, None], part[None, :], 0.0)
     place = tl.program_id(0).to(tl.int64) * G * G + g[:, None] * G + g[None, :]
@@ -334,14 +334,21 @@ def tiles(query_access, key_access, D, prefill):
     """Tile sizes and launch options of the sums; WHOLE: a row's features at once, else in steps of BLOCK_D."""
     if "half" in (query_access, key_access) and "float" not in (query_access, key_access):
         width = max(16, triton.next_power_of_2(D))
-        rows = 16 if not prefill else 128 if width <= 128 else 64
+        rows = 16 if not prefill else 128 if width == 128 else 64
         stages = 2 if "unaligned" in (query_access, key_access) else 3
         return {
             "BLOCK_M": rows, "BLOCK_N": 64 if width <= 128 else 32, "BLOCK_D": width, "WHOLE": True,
-            "num_warps": 8 if rows == 128 else 4, "num_stages": stages,
+            "num_warps": 8 if prefill else 4, "num_stages": stages,
         }  # fmt: skip
     rows = 64 if prefill else 16
-    return {"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": 16, "WHOLE": False, "num_warps": 8, "num_stages": 2}
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": 32 if prefill else 64,
+        "BLOCK_D": 16,
+        "WHOLE": False,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
 
 
 TYPES = {"rows": "*i32", "codes": "*i32", "control": "*i32", "scale": "fp32"}
