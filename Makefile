@@ -43,7 +43,8 @@ test-oldest test-newest: test-%: .triton/%/.packages
 	touch $@
 
 bench: install
-	$(BIN)/python -m benchmarks ops kcenter
+	for operator in $(basename $(notdir $(wildcard benchmarks/ops/[!_]*.py))); do \
+		$(BIN)/python -m benchmarks ops $$operator || exit; done
 
 # on a machine with a CUDA build of torch; uses the environment at hand, installs nothing
 gpu:

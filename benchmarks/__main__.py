@@ -15,7 +15,7 @@ from pruneops import backends
 
 from . import harness, machine, registry, report
 
-SECONDS_PER_CASE = {"cpu": 25, "cuda": 15}
+SECONDS_PER_CASE = {"cpu": 20, "cuda": 15}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +35,7 @@ def parse(argv):
     ops.add_argument("--backends", help="comma-separated; default: all that can run")
     ops.add_argument("--peers", help="comma-separated, or none; default: all")
     ops.add_argument("--out", type=Path, metavar="FILE.json", help="write all numbers here")
-    ops.add_argument("--seconds", type=float, help="for the whole run; default 25 s a case on CPU, 15 s on CUDA")
+    ops.add_argument("--seconds", type=float, help="for the whole run; default 20 s a case on CPU, 15 s on CUDA")
     options = parser.parse_args(argv)
     try:
         _resolve(options)

@@ -32,21 +32,23 @@ class Contender:
 
 
 def contenders(operator, case, device, backends, peers, ceilings):
-    """Backends that can run here, each also replayed from a CUDA graph, then the peers of this device."""
+    """Backends that can run here and their variants, on CUDA also replayed from a graph; then this device's peers."""
     found = []
     for name in backends:
         guess = operator.reference_seconds(case, ceilings) if name == "reference" else 0.0
+        variants = {} if name == "reference" else operator.variants(case)
+        for words, face in {"": operator.call, **variants}.items():
 
-        def prepare(_, arguments, name=name):
-            return lambda: _on(name, operator.call, arguments)
+            def prepare(_, arguments, name=name, face=face):
+                return lambda: _on(name, face, arguments)
 
-        found.append(Contender(name, "backend", prepare, guess, torch.float32))
-        if device.type == "cuda" and name != "reference":
+            def prepare_graph(_, arguments, name=name, face=face):
+                return capture(lambda: _on(name, face, arguments))
 
-            def prepare_graph(_, arguments, name=name):
-                return capture(lambda: _on(name, operator.call, arguments))
-
-            found.append(Contender(f"{name} graph", "backend", prepare_graph, guess, torch.float32))
+            label = f"{name} {words}".strip()
+            found.append(Contender(label, "backend", prepare, guess, torch.float32))
+            if device.type == "cuda" and name != "reference":
+                found.append(Contender(f"{label} graph", "backend", prepare_graph, guess, torch.float32))
     for name in peers:
         peer = operator.peers[name]
         if device.type in peer.devices:
@@ -70,6 +72,14 @@ def capture(call):
         return outputs
 
     return replay
+
+
+def compiled(function, **options):
+    """A function under torch.compile, as for the first time."""
+    if pruneops.backends.interpreting():
+        raise RuntimeError("torch.compile needs TRITON_INTERPRET off")
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, **options)
 
 
 def run_case(operator, case, device, found, ceilings, seconds):
@@ -98,7 +108,11 @@ def run_case(operator, case, device, found, ceilings, seconds):
             expected = _on("reference", operator.call, arguments)
         calls = {}
         for contender in waiting:
-            call = _try(operator, case, arguments, expected, contender, entries[contender.name])
+            entry = entries[contender.name]
+            if contender.kind == "peer" and time.monotonic() - begin > seconds:  # peers before it compiled too long
+                entry["reason"] = "the time given is used up"
+                continue
+            call = _try(operator, case, device, arguments, expected, contender, entry)
             if call:
                 calls[contender.name] = call
         for name, times in take_turns(calls, Clock(device), seconds - (time.monotonic() - begin)).items():
@@ -146,9 +160,9 @@ def _on(backend, call, arguments):
         return call(arguments)
 
 
-def _try(operator, case, arguments, expected, contender, entry):
+def _try(operator, case, device, arguments, expected, contender, entry):
     """Prepare and check a contender; returns what is timed, None if it failed, and fills its entry."""
-    device, begin = arguments["x"].device, time.monotonic()
+    begin = time.monotonic()
     try:
         memory = _Memory(device)
         call = contender.prepare(case, arguments)

@@ -1,4 +1,4 @@
-"""What a run was measured on, and the two rates that floors are made of."""
+"""What a run was measured on, and the rates that floors are made of."""
 
 import datetime
 import functools
@@ -20,22 +20,29 @@ from . import ROOT
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates measured in the same run: bytes/s of a large copy, operations/s of a large matmul per dtype."""
+    """Rates measured in the same run: bytes/s of a large read and of a large copy, which counts what it reads and what
+    it writes; operations/s of a large matmul per dtype."""
 
+    read: float
     copy: float
     matmul: dict[torch.dtype, float]
 
     def floor(self, cost, dtype):
-        """Seconds below which no implementation of this cost can go."""
-        return max(cost.bytes / self.copy, cost.operations / self.matmul[dtype])
+        """Seconds below which no implementation of this cost can go: written bytes and as many read ones pass at the
+        rate of a copy, the rest at that of a read."""
+        memory = (cost.read - cost.written) / self.read + 2 * cost.written / self.copy
+        return max(memory, cost.operations / self.matmul[dtype])
 
     def facts(self):
         matmul = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.matmul.items()}
-        return {"copy_bytes_per_s": self.copy, "matmul_operations_per_s": matmul}
+        return {"read_bytes_per_s": self.read, "copy_bytes_per_s": self.copy, "matmul_operations_per_s": matmul}
 
 
 class Clock:
-    """Seconds that one call takes: device events after a flush of the L2 cache on CUDA, else perf_counter."""
+    """Seconds that one call takes: device events after a flush of the L2 cache on CUDA, else perf_counter.
+
+    On a CPU a flush would take the interpreter out of the caches too, and cost more than most calls.
+    """
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -58,7 +65,10 @@ class Clock:
 
 
 def ceilings(device, dtypes):
-    """Measure both rates: copies count bytes read and written; products are square, of random values."""
+    """Measure the rates; products are square, of random values.
+
+    A CPU reads a line before it writes it, so a copy moves more than it counts and a pass that only reads is faster.
+    """
     clock, cuda = Clock(device), device.type == "cuda"
 
     def seconds(call):
@@ -67,12 +77,13 @@ def ceilings(device, dtypes):
 
     source = torch.randn((1 << 28) if cuda else (32 << 20), device=device)
     copy = 2 * source.nbytes / seconds(functools.partial(torch.empty_like(source).copy_, source))
+    read = max(copy, source.nbytes / seconds(source.sum))
     del source
     n, matmul = 8192 if cuda else 1536, {}
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         matmul[dtype] = 2 * n**3 / seconds(functools.partial(torch.matmul, a, b))
-    return Ceilings(copy, matmul)
+    return Ceilings(read, copy, matmul)
 
 
 class Company:
@@ -106,6 +117,7 @@ def facts(device):
         "machine": {
             "cpu": _cpu_model(),
             "threads": torch.get_num_threads(),
+            "cache_bytes": _largest_cache(),
             "platform": platform.platform(),
         }
         | (_gpu(device) if device.type == "cuda" else {}),
@@ -161,6 +173,12 @@ def _cpu_model():
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def _largest_cache():
+    """Bytes of the processor's last cache; None where the system does not tell."""
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(file.read_text().strip().removesuffix("K")) << 10 for file in files), default=None)
 
 
 def _gpu(device):

@@ -25,10 +25,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least any implementation must do: bytes moved (inputs once, outputs once) and operations."""
+    """The least any implementation must do: bytes of the inputs, read once, of the outputs, written once (no more
+    than are read), and operations."""
 
-    bytes: int
+    read: int
+    written: int
     operations: int
+
+    @property
+    def bytes(self):
+        return self.read + self.written
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Operator:
         The same values on every call.
     call : callable (arguments) -> result
         The operator's documented Python face.
+    variants : callable (case) -> dict
+        Other ways through the package to the same result: words for the table -> like `call`.
     check : callable (case, arguments, result, expected, precision) -> Check
         `expected` is the reference's result, or None where it would take too long; `precision`
         is the dtype the implementation computes in.
@@ -89,6 +97,7 @@ class Operator:
     reference_seconds: Callable[[Case, Any], float]
     peers: dict[str, Peer]
     sanitize: Callable[[torch.device], Any]
+    variants: Callable[[Case], dict[str, Callable[[dict], Any]]] = lambda case: {}
 
     def select(self, names, device):
         """Cases of a comma-separated list of sets and cases; KeyError names what there is not."""

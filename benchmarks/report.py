@@ -62,13 +62,27 @@ def notes(document):
     if (document["others_share"] or 0) > BUSY:
         lines.append(f"BUSY MACHINE: other processes took {percent(document['others_share'])} of the processors")
     if document["ceilings"]:
-        copy, products = (document["ceilings"][key] for key in ("copy_bytes_per_s", "matmul_operations_per_s"))
-        rates = ", ".join(f"{dtype} products {quantity(rate, 'op/s')}" for dtype, rate in products.items())
-        lines.append(f"floors from this run's rates: copy {quantity(copy, 'B/s')}, {rates}")
+        read, copy, products = (
+            document["ceilings"][f"{what}_per_s"] for what in ("read_bytes", "copy_bytes", "matmul_operations")
+        )
+        rates = [f"reads {quantity(read, 'B/s')}", f"copies {quantity(copy, 'B/s')} (in and out)"]
+        rates += [f"{dtype} products {quantity(rate, 'op/s')}" for dtype, rate in products.items()]
+        lines.append(
+            "bytes: inputs read once, outputs written once; operations: those that no implementation can spare"
+        )
+        lines.append(f"floor: the longer of the two at the rates of this run: {', '.join(rates)}")
+        lines.append(f"% of floor: floor / time, 100 % is as fast as memory or products go; {_caches(document)}")
     lines += [f"{name} not run: {reason}" for name, reason in document["unavailable"].items()]
     if not document["complete"]:
         lines.append("INCOMPLETE: the run was interrupted")
     return lines
+
+
+def _caches(document):
+    if "gpu" in document["machine"]:
+        return "caches are cold before every call"
+    size = document["machine"].get("cache_bytes")
+    return f"caches are warm, and what fits them ({quantity(size, 'B') if size else 'of unknown size'}) can pass it"
 
 
 def write(path, document):

@@ -17,7 +17,7 @@ def _contenders():
         operator = registry.operator(name)
         smallest = operator.sets[DEVICE.type]["quick"][0]
         for case in operator.select(f"tiny,{smallest}", DEVICE):
-            guess = Ceilings(1e10, {case.dtype: 1e11})
+            guess = Ceilings(1e10, 1e10, {case.dtype: 1e11})
             for contender in harness.contenders(operator, case, DEVICE, able, list(operator.peers), guess):
                 yield pytest.param(operator, case, contender, id=f"{name}-{case.name}-{contender.name}")
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import warnings
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from . import __version__, backends, ops
 from .backends import AUTO, BACKENDS, BackendUnavailable
 from .demo import DemoError
+from .demo.methods import METHODS
 from .ops.kcenter import METRICS
 
 
@@ -73,6 +75,7 @@ def _demo(arguments):
 
     record = run(
         arguments.image,
+        method=arguments.method,
         keep=arguments.keep,
         metric=arguments.metric,
         out=arguments.out,
@@ -116,14 +119,16 @@ def _describe(record):
         f"C++ kernels     {'not usable' if cpu['problem'] else 'built, run here with ' + cpu['instruction_set']}",
         f"CUDA kernels    {archs}",
         f"GPUs            {', '.join(gpus) or 'none seen'}",
+        *textwrap.wrap(
+            ", ".join(record["operators"]), 110, initial_indent="operators       ", subsequent_indent=" " * 16
+        ),
+        "",
+        f"{'every operator on':<20}" + "".join(f"{name:<11}" for name in BACKENDS),
     ]
-    width = max(map(len, record["operators"])) + 2
     for device, serving in record["backends"].items():
         problems = serving["problems"]
-        word = {name: "no" if problems[name] else "auto" if name == serving["auto"] else "yes" for name in BACKENDS}
-        lines += ["", f"On {device.upper()} tensors".ljust(width + 3) + "".join(f"{name:<11}" for name in BACKENDS)]
-        for operator in record["operators"]:
-            lines.append(f"  {operator:<{width + 1}}" + "".join(f"{word[name]:<11}" for name in BACKENDS))
+        words = ["no" if problems[name] else "auto" if name == serving["auto"] else "yes" for name in BACKENDS]
+        lines.append(f"  {device.upper() + ' tensors':<18}" + "".join(f"{word:<11}" for word in words))
         lines += [f"    {name}: {_sentence(problem)}" for name, problem in problems.items() if problem]
     lines += ["", "auto: taken unless `with pruneops.backend(...)` asks for another."]
     return "\n".join(line.rstrip() for line in lines)
@@ -152,17 +157,28 @@ def _parser():
     command = commands.add_parser(
         "demo",
         help="prune the visual tokens of a photograph, time the prefill, draw the choice",
-        description="Tile a photograph into 2880 visual tokens, keep the most different ones, time a LLaVA-shaped "
-        "prefill with and without pruning and draw what was kept. All weights are random.",
+        description="Tile a photograph into 2880 visual tokens, keep some of them, time a LLaVA-shaped prefill with "
+        "and without pruning and draw what was kept. All weights are random.",
     )
     add = command.add_argument
     add("--image", metavar="PATH", help="photograph (default: one that scikit-image brings along)")
+    add(
+        "--method",
+        choices=tuple(METHODS),
+        default="todre",
+        help="todre: the most different tokens (default); dart: those that repeat a few pivots least",
+    )
     add("--keep", type=_keep, default=0.1, metavar="K", help="number of tokens, or a fraction like 0.1 (default)")
-    add("--metric", choices=METRICS, default="cosine", help="distance between tokens (default: cosine)")
+    add(
+        "--metric",
+        choices=METRICS,
+        default="cosine",
+        help="distance between tokens (default: cosine; dart has no other)",
+    )
     add("--out", default="pruneops-demo.png", metavar="PATH", help="picture, or its directory (default: %(default)s)")
     add("--save", metavar="PATH", help="write the measurements as JSON")
     add("--json", action="store_true", help="print the measurements as JSON, not as a table")
-    add("--seed", type=_seed, default=0, help="of the random weights (default: 0)")
+    add("--seed", type=_seed, default=0, help="of the random weights and of dart's pivots (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="implementation of the selection")
     command.set_defaults(command=_demo)

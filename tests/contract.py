@@ -1,16 +1,18 @@
 """The contract that every operator's tests check, in pieces that know no operator.
 
 - where: `every_backend` runs a test on each backend that can run here;
-- inputs whose float32 arithmetic is exact, so that backends must agree to the bit, ties included;
+- inputs whose float32 arithmetic is exact, so that backends must agree to the bit, ties included; real ones;
 - `call`: an operator with poisoned outputs, its arguments watched;
 - `assert_greedy`: each choice of a greedy selection against float64 scores;
-- `assert_no_worse`: error against float64 at most twice the PyTorch reference's.
+- `assert_no_worse`: error against float64 at most twice the PyTorch reference's;
+- threads, offsets past 2^31, opcheck, torch.compile.
 """
 
 import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +67,16 @@ def on(*targets):
     return pytest.mark.parametrize("target", [case(target) for target in targets])
 
 
+NATIVE = Target("cpu", "cpu")
+TRITON_TARGETS = tuple(target for target in TARGETS if target.backend == "triton")
+CUDA_KERNELS = on(Target("triton", "cuda"), Target("cuda", "cuda"))
 every_backend = on(*TARGETS)
+every_kernel = on(*(target for target in TARGETS if target.backend != "reference"))  # a BLAS has its own ways
+
+
+def size(target, full, interpreted):
+    """A test's sizes: smaller ones under Triton's interpreter."""
+    return interpreted if target.interpreted else full
 
 
 @contextlib.contextmanager
@@ -86,28 +97,38 @@ def call(target, op, *args, **kwargs):
     Arguments are CPU tensors of any strides, which the device copy keeps. Results come back on
     the CPU. Fails if the operator writes to an argument.
     """
+    args, kwargs = moved((args, kwargs), target.device)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     before = [tensor.clone() for tensor in tensors]
-    moved = {id(tensor): to_device(tensor, target.device) for tensor in tensors}
-    args = [moved.get(id(value), value) for value in args]
-    kwargs = {name: moved.get(id(value), value) for name, value in kwargs.items()}
     with pruneops.backend(target.backend), poisoned():
         results = getattr(pruneops, op)(*args, **kwargs)
-    for tensor, copy in zip(tensors, before):
-        assert_same_bits(moved[id(tensor)].cpu(), copy)
-    return type(results)(*(result.cpu() for result in results))
+    assert_same_bits(tensors, before)
+    return moved(results, "cpu")
 
 
-def to_device(tensor, device):
-    """The tensor on a device, in the same place of a storage of the same size."""
-    if torch.device(device) == tensor.device:
-        return tensor
-    storage = tensor.new_empty(0).set_(tensor.untyped_storage()).to(device)
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def moved(value, device):
+    """A tensor, or all those in tuples, lists and dictionaries, on a device.
+
+    Each lies in the same place of a storage of the same size.
+    """
+    if isinstance(value, dict):
+        return {name: moved(own, device) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        own = [moved(one, device) for one in value]
+        return type(value)(*own) if hasattr(value, "_fields") else type(value)(own)
+    if not isinstance(value, torch.Tensor) or torch.device(device) == value.device:
+        return value
+    storage = value.new_empty(0).set_(value.untyped_storage()).to(device)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def assert_same_bits(left, right):
-    """Equal shape, dtype and bits; NaN equals a NaN of the same bits."""
+    """Equal shape, dtype and bits, of tensors or of sequences of them; NaN equals a NaN of the same bits."""
+    if not isinstance(left, torch.Tensor):
+        assert len(left) == len(right)
+        for one, other in zip(left, right):
+            assert_same_bits(one, other)
+        return
     assert (left.shape, left.dtype) == (right.shape, right.dtype)
     left, right = (t.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8) for t in (left, right))
     differ = (left != right).nonzero()
@@ -138,6 +159,22 @@ def with_copies(x, generator, share=0.5):
         torch.arange(tokens),
     )
     return x[..., source, :]
+
+
+def clustered(shape, seed=0, clusters=7, spread=0.3, dtype=torch.float32):
+    """Real-valued tokens in tight clusters, lengths over two orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(*shape[:-2], clusters, shape[-1], generator=generator)
+    which = torch.randint(0, clusters, (shape[-2],), generator=generator)
+    x = centers[..., which, :] + spread * torch.randn(shape, generator=generator)
+    return (x * torch.exp(1.5 * torch.randn(*shape[:-1], 1, generator=generator))).to(dtype)
+
+
+def seeds_and_mask(shape, count=3, share=0.7, seed=0):
+    """Different tokens [..., count] of [..., N] and a mask [..., N] that forbids some of them."""
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.rand(shape, generator=generator).argsort(-1)[..., :count]
+    return seeds, torch.rand(shape, generator=generator) < share
 
 
 def assert_greedy(choices, scores, allowed, tolerance=0.0):
@@ -174,6 +211,85 @@ def assert_no_worse(error, reference_error, scale, ulps=4):
     assert error <= bound, (
         f"error {error:.3g} against float64; the reference's is {reference_error:.3g}, bound {bound:.3g}"
     )
+
+
+def assert_threads_change_no_bit(run):
+    """run() gives the same bits on 1, 2, 3 and 7 OpenMP threads."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+def all_at_once(target, calls):
+    """Results of functions that are called on one backend at the same time, each in a thread of its own."""
+    results = [None] * len(calls)
+
+    def work(i):
+        with pruneops.backend(target.backend):
+            results[i] = calls[i]()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def far_apart(folder, tensor, dim):
+    """The tensor with its slices along a dimension so far apart in a sparse file that the last begins past 2^31."""
+    gap = 2**31 // (tensor.shape[dim] - 1) // 16 * 16 + 32
+    slices = tensor.movedim(dim, 0).contiguous()
+    count, room = len(slices), slices[0].numel()
+    path = folder / "sparse"
+    memory = torch.from_file(str(path), shared=True, size=(count - 1) * gap + room, dtype=tensor.dtype)
+    path.unlink()
+    spread = memory.as_strided(slices.shape, (gap, *slices.stride()[1:])).copy_(slices)
+    return spread.movedim(0, dim)
+
+
+def opcheck(target, op, *args, **kwargs):
+    """torch.library.opcheck of `pruneops.<op>` on a target."""
+    args, kwargs = moved((args, kwargs), target.device)
+    with pruneops.backend(target.backend):
+        torch.library.opcheck(getattr(torch.ops.pruneops, op).default, args, kwargs)
+
+
+def assert_compiles(target, function, calls):
+    """`function` in one graph of dynamic shapes answers as it does without torch.compile; returns tensors."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    with pruneops.backend(target.backend):
+        for args in moved(calls, target.device):
+            torch.testing.assert_close(compiled(*args), function(*args))
+
+
+def assert_compiles_with_inductor(module, function, calls):
+    """The same under inductor on the default backend, in a process of its own; `calls` is Python for a list."""
+    code = f"""
+import torch
+from {module} import {function} as function
+with torch.device("{"cuda" if torch.cuda.is_available() else "cpu"}"):
+    calls = {calls}
+compiled = torch.compile(function, fullgraph=True, dynamic=True)
+for args in calls:
+    torch.testing.assert_close(compiled(*args), function(*args))
+print("same")
+"""
+    assert run_python(code).strip() == "same"
+
+
+def triton_launches(code):
+    """(launches, compilations) of Python code that calls Triton launchers on a card which runs nothing."""
+    count = "print(len(fake_card.launches), len(set(fake_card.launches)))"
+    return tuple(map(int, run_python(f"import torch\nfrom tests import fake_card\n{code}\n{count}").split()))
 
 
 def run_python(code, *args, timeout=300, **environment):

@@ -6,6 +6,8 @@ Values come from a drawn generator seed: shapes and choices shrink, values stay 
 import torch
 from hypothesis import strategies as st
 
+from tests import contract
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 dtypes = st.sampled_from(DTYPES)
@@ -69,6 +71,13 @@ def with_special_tokens(x, generator, names, share=0.3):
 
 
 @st.composite
+def exact_tokens(draw, shape, generator, values=contract.signs):
+    """[..., N, D] of any dtype, values exact in float32 arithmetic, many tokens equal, some of them special."""
+    x = contract.with_copies(values(shape, generator), generator).to(draw(dtypes))
+    return with_special_tokens(x, generator, draw(st.lists(st.sampled_from(list(SPECIAL)), max_size=3)))
+
+
+@st.composite
 def masks(draw, shape, generator):
     """bool [..., N] that allows at least one token in every row."""
     mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.02, 0.5, 0.9, 1.0]))
@@ -89,3 +98,9 @@ def packings(draw, sequences=4, tokens=20):
     least = draw(st.integers(0, 1))
     lengths = draw(st.lists(st.integers(least, tokens), max_size=sequences))
     return lengths, [draw(st.integers(least, length)) for length in lengths]
+
+
+@st.composite
+def bounds(draw, lengths):
+    """cu_seqlens of sequences of these lengths, int32 or int64."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))

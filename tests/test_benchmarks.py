@@ -1,25 +1,31 @@
 """The benchmark harness, on cases too small to mean anything: timings are never asserted."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import pruneops
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import gpu, harness, machine, registry, report  # noqa: E402
+from pruneops import backends  # noqa: E402
 
 CPU = torch.device("cpu")
-KCENTER = registry.operator("kcenter")
+OPERATORS = {name: registry.operator(name) for name in registry.names()}
+KCENTER = OPERATORS["kcenter"]
 TINY = KCENTER.select("tiny", CPU)[0]
-CEILINGS = machine.Ceilings(copy=1e10, matmul={torch.float32: 1e11})
+CEILINGS = machine.Ceilings(read=1e10, copy=1e10, matmul={torch.float32: 1e11, torch.bfloat16: 1e11})
 CHEAP = ["ops", "kcenter", "--device", "cpu", "--cases", "tiny", "--backends", "reference"]
 
 
@@ -29,17 +35,33 @@ def known_ceilings(monkeypatch):
     monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: CEILINGS)
 
 
-def farthest_in_reverse(arguments):
-    """A wrong answer of the right shape."""
-    chosen = KCENTER.call(arguments)
-    return type(chosen)(torch.cat([chosen.indices[:, :1], chosen.indices[:, 1:].flip(-1)], -1), chosen.radii)
+def spoiled(result):
+    """A wrong answer of the right shape: choices in reverse but for the first, scores off by 0.001."""
+    if isinstance(result, tuple):
+        return type(result)(torch.cat([result[0][:, :1], result[0][:, 1:].flip(-1)], -1), result[1])
+    return result + 1e-3 if result.is_floating_point() else result.flip(-1)
+
+
+def small(operator, name, **sizes):
+    """A case of an operator by name, with other sizes."""
+    case = operator.select(name, CPU)[0]
+    return dataclasses.replace(case, sizes=case.sizes | sizes)
 
 
 def test_table_and_json_hold_everything(tmp_path, capsys):
     out = tmp_path / "run.json"
     assert command.main([*CHEAP, "--peers", "loop,loop_item,n_by_n", "--seconds", "5", "--out", str(out)]) == 0
     table = capsys.readouterr().out
-    for words in (TINY.shape, "reference", "loop_item", "n_by_n", "% of floor", "vs loop", "10/10", "floors from"):
+    for words in (
+        TINY.shape,
+        "reference",
+        "loop_item",
+        "n_by_n",
+        "% of floor",
+        "vs loop",
+        "10/10",
+        "rates of this run",
+    ):
         assert words in table
     assert "faster" in table and "slower" in table
     document = json.loads(out.read_text())
@@ -57,13 +79,81 @@ def test_table_and_json_hold_everything(tmp_path, capsys):
         assert set(entry["ratios"]) == {"loop", "loop_item", "n_by_n"} - {entry["name"]}
 
 
-def test_wrong_backend_gets_no_ratio(monkeypatch, capsys):
-    wrong = dataclasses.replace(KCENTER, call=farthest_in_reverse)
+def test_floor_is_reads_and_copies_or_operations():
+    rates = machine.Ceilings(read=2e10, copy=1e10, matmul={torch.float32: 1e11})
+    assert rates.floor(registry.Cost(30, 10, 0), torch.float32) == pytest.approx(20 / 2e10 + 20 / 1e10)
+    assert rates.floor(registry.Cost(30, 10, 1000), torch.float32) == pytest.approx(1000 / 1e11)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tiny_cases_of_every_operator(name, tmp_path, capsys):
+    out, operator = tmp_path / "run.json", OPERATORS[name]
+    peers = [peer for peer in operator.peers if peer != "compiled"]
+    options = ["--backends", "reference", "--peers", ",".join(peers), "--seconds", "1", "--out", str(out)]
+    assert command.main(["ops", name, "--device", "cpu", "--cases", "tiny", *options]) == 0
+    table = capsys.readouterr().out
+    assert "graph not run" in table and "WRONG" not in table
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["name"] for case in cases] == list(operator.sets["cpu"]["tiny"])
+    for case in cases:
+        assert case["shape"] in table and case["bytes"] > 0 and case["operations"] > 0
+        assert {entry["name"] for entry in case["contenders"]} == {"reference", *peers} - {"graph"}
+        assert all(entry["status"] == "ok" and entry["of_floor"] > 0 for entry in case["contenders"])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_sets_name_cases_once(name):
+    for device, sets in OPERATORS[name].sets.items():
+        for chosen in sets:
+            cases = OPERATORS[name].select(chosen, torch.device(device))
+            assert {case.name for case in cases} == set(sets[chosen]) and len(cases) == len(sets[chosen])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_wrong_backend_gets_no_ratio(name, monkeypatch, capsys):
+    operator = OPERATORS[name]
+    wrong = dataclasses.replace(operator, call=lambda arguments: spoiled(operator.call(arguments)))
     monkeypatch.setattr(registry, "operator", lambda name: wrong)
-    assert command.main([*CHEAP, "--peers", "loop", "--seconds", "5"]) == 1
+    options = ["--backends", "reference", "--peers", next(iter(operator.peers)), "--seconds", "1"]
+    assert command.main(["ops", name, "--device", "cpu", "--cases", "tiny", *options]) == 1
     streams = capsys.readouterr()
     assert "WRONG" in streams.out and "faster" not in streams.out and "slower" not in streams.out
     assert "backend reference: WRONG" in streams.err
+
+
+@pytest.mark.parametrize(
+    "name, case, spoil, words",
+    [
+        ("pivot_cosine", 0, lambda r: r[:, :-1], "of shape [1, 3, 96]"),
+        ("pivot_cosine", 0, lambda r: r.index_fill(-1, torch.tensor([5]), torch.nan), "off by inf"),
+        ("pivot_cosine", 1, lambda r: r.roll(1, -1), "off by"),
+        ("exclusive_bottomk", 0, lambda r: r[:, :-1], "of shape [1, 9]"),
+        ("exclusive_bottomk", 0, lambda r: r.roll(1, -1), "off by"),
+        ("exclusive_bottomk", 0, lambda r: r.index_fill(-1, torch.tensor([9]), -1), "not tokens that are free"),
+        ("exclusive_bottomk", 1, lambda r: torch.cat([r[:, :-1], r[:, :1]], -1), "not all different"),
+        ("assign_ranks", 0, lambda r: r.roll(1, -1), "off by"),
+        ("assign_ranks", 0, lambda r: r[:, :1].expand_as(r), "not all different"),
+    ],
+)
+def test_check_of_selection_refuses(name, case, spoil, words):
+    operator = OPERATORS[name]
+    case = operator.cases[case]
+    arguments = operator.arguments(case, CPU)
+    with pruneops.backend("reference"):
+        result = operator.call(arguments)
+    assert operator.check(case, arguments, result, result, torch.float32).right
+    checked = operator.check(case, arguments, spoil(result), result, torch.float32)
+    assert not checked.right and words in checked.words
+
+
+def test_check_of_selection_refuses_a_token_that_is_taken():
+    operator = OPERATORS["exclusive_bottomk"]
+    case = operator.cases[0]
+    arguments = operator.arguments(case, CPU)
+    with pruneops.backend("reference"):
+        result = operator.call(arguments | {"taken": None})
+    arguments["taken"] = torch.zeros_like(arguments["taken"]).index_fill(1, result[0, 3:4], True)
+    assert "free" in operator.check(case, arguments, result, None, torch.float32).words
 
 
 @pytest.mark.parametrize(
@@ -97,8 +187,44 @@ def test_half_precision_and_packed_images_are_right():
             assert KCENTER.check(case, arguments, result, None, case.dtype).right, (name, peer)
 
 
+@pytest.mark.parametrize(
+    "name, case, sizes",
+    [
+        ("pivot_cosine", "b8-n576-d1024-p8-bfloat16", {"N": 50, "D": 24}),
+        ("pivot_cosine", "duplication-b1-n2880-d4096-p8-bfloat16", {"N": 50, "D": 24}),
+        ("pivot_cosine", "varlen-d1024-p8-bfloat16", {"lengths": [30, 20], "D": 24}),
+        ("exclusive_bottomk", "b8-n576-d1024-p8-bfloat16", {"N": 90, "D": 24}),
+        ("exclusive_bottomk", "scores-b8-n576-p8", {"N": 90}),
+        ("assign_ranks", "b8-n576-j32-bfloat16", {"N": 50}),
+    ],
+)
+def test_every_form_and_peer_is_right_in_its_precision(name, case, sizes, monkeypatch):
+    """Compiled peers too, as one graph, by the compiler that only traces."""
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    operator = OPERATORS[name]
+    case = small(operator, case, **sizes)
+    arguments = operator.arguments(case, CPU)
+    with pruneops.backend("reference"):
+        for face in (operator.call, *operator.variants(case).values()):
+            checked = operator.check(case, arguments, face(arguments), operator.call(arguments), torch.float32)
+            assert checked.right, checked.words
+    for label, peer in operator.peers.items():
+        if "cpu" in peer.devices:
+            checked = operator.check(case, arguments, peer.prepare(case, arguments)(), None, case.dtype)
+            assert checked.right, (label, checked.words)
+
+
+def test_variants_stand_beside_their_backend():
+    operator = OPERATORS["exclusive_bottomk"]
+    scores, features = operator.select("tiny", CPU)
+    names = [c.name for c in harness.contenders(operator, features, CPU, ["reference", "cpu"], [], CEILINGS)]
+    assert names == ["reference", "cpu", "cpu two calls"]
+    assert [c.name for c in harness.contenders(operator, scores, CPU, ["cpu"], [], CEILINGS)] == ["cpu"]
+
+
 def test_what_does_not_fit_the_time_is_shown(capsys):
-    slow = machine.Ceilings(copy=1e3, matmul={torch.float32: 1e11})
+    slow = machine.Ceilings(read=1e3, copy=1e3, matmul={torch.float32: 1e11})
     found = harness.contenders(KCENTER, TINY, CPU, [], ["loop", "n_by_n"], slow)
     result = harness.run_case(KCENTER, TINY, CPU, found, slow, 1)
     assert [entry["status"] for entry in result["contenders"]] == ["skipped", "skipped"]
@@ -117,6 +243,19 @@ def test_a_failing_peer_costs_only_itself(monkeypatch):
     first, second = harness.run_case(operator, TINY, CPU, found, CEILINGS, 2)["contenders"]
     assert (first["status"], first["reason"]) == ("failed", "OSError: no compiler")
     assert second["status"] == "ok"
+
+
+def test_a_peer_that_compiles_too_long_costs_later_peers_alone():
+    def slow(case, arguments):
+        time.sleep(0.3)
+        return KCENTER.peers["loop"].prepare(case, arguments)
+
+    peers = {"slow": registry.Peer(slow, lambda case, ceilings: 0), "late": KCENTER.peers["loop"]}
+    operator = dataclasses.replace(KCENTER, peers=peers)
+    found = harness.contenders(operator, TINY, CPU, ["reference"], list(peers), CEILINGS)
+    entries = harness.run_case(operator, TINY, CPU, found, CEILINGS, 0.3)["contenders"]
+    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped"]
+    assert entries[2]["reason"] == "the time given is used up"
 
 
 def test_turns_alternate():
@@ -181,8 +320,9 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_every_sanitized_shape_is_right():
-    assert all(passed for _, passed in KCENTER.sanitize(CPU))
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_sanitized_shape_is_right(name):
+    assert [words for words, passed in OPERATORS[name].sanitize(CPU) if not passed] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -213,6 +353,22 @@ def test_gpu_stages_that_fail_cost_only_themselves(tmp_path, monkeypatch, capsys
     assert "begun" in stages[0]["output"] and "division" in stages[1]["words"]
 
 
+def test_gpu_operators_share_the_time_those_with_goals_first(tmp_path, monkeypatch, capsys):
+    assert set(gpu.SHARES) == set(OPERATORS)
+    limits = {}
+
+    def idle(name, run, limit):
+        limits[name] = limit
+        return "passed", "", {}
+
+    monkeypatch.setattr(gpu, "operators", idle)
+    options = ["--device", "cpu", "--stages", "operators", "--results", str(tmp_path), "--seconds", "100"]
+    assert gpu.main(options) == 0
+    assert list(limits)[:3] == ["kcenter", "exclusive_bottomk", "pivot_cosine"]
+    assert limits["kcenter"] == pytest.approx(40, abs=1)
+    assert list(limits.values())[-1] == pytest.approx(100, abs=3)  # all that the others left
+
+
 @pytest.mark.parametrize(
     "prints, status, ended",
     [
@@ -238,7 +394,9 @@ def test_sanitizer_passes_only_on_a_clean_summary(prints, status, ended, tmp_pat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tiny_case_on_cuda(capsys):
-    peers = "loop,loop_item,graph,n_by_n"
-    assert command.main(["ops", "kcenter", "--cases", "tiny", "--peers", peers, "--seconds", "10"]) == 0
-    assert "graph" in capsys.readouterr().out
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tiny_cases_on_cuda(name, capsys):
+    peers = ",".join(peer for peer in OPERATORS[name].peers if peer != "compiled")
+    assert command.main(["ops", name, "--cases", "tiny", "--peers", peers, "--seconds", "5"]) == 0
+    table = capsys.readouterr().out
+    assert "graph" in table and "WRONG" not in table and "failed" not in table

@@ -17,6 +17,20 @@ KERNELS = {
     "kcenter_greedy",
     *(f"{kernel}<{element}>" for kernel in ("kcenter_norms", "kcenter_lazy") for element in ELEMENTS),
     *(f"kcenter_gram<{element}, {aligned}>" for element in ELEMENTS for aligned in ("false", "true")),
+    *(f"pivot_cosine_pass<{element}, {tiles}, 1>" for element in ELEMENTS for tiles in (1, 2)),
+    *(f"pivot_cosine_pass<{element}, 2, {2 if element == 'float' else 8}>" for element in ELEMENTS),
+    *(f"exclusive_bottomk_select<{element}, {listed}>" for element in ELEMENTS for listed in ("false", "true")),
+    *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
+}
+# Shared memory that kernels are launched with; assign_ranks takes what the card has.
+DYNAMIC_BYTES = {
+    "kcenter_lazy<.*": "sizeof(LazyShared)",
+    "kcenter_gram<.*": "kPipelineBytes",
+    "exclusive_bottomk_select<.*": "sizeof(BottomkShared)",
+    **{
+        f"pivot_cosine_pass<.*, {t}, {g}>": f"sizeof(PivotShared<{t}, {g}>)"
+        for t, g in ((1, 1), (2, 1), (2, 2), (2, 8))
+    },
 }
 
 
@@ -71,22 +85,24 @@ def test_every_kernel_is_there_without_spills(resources, arch):
 def test_shared_memory_fits_the_card(resources, arch, dynamic_bytes):
     for kernel, used in resources[arch].items():
         static = used["SHARED"] - (SYSTEM_BYTES if arch >= 90 else 0)
-        need = static + next((size for name, size in dynamic_bytes.items() if kernel.startswith(name)), 0)
+        need = static + sum(size for name, size in dynamic_bytes.items() if re.fullmatch(name, kernel))
         assert need <= SHARED_KB[arch] * 1024, f"{kernel} for sm_{arch} needs {need} bytes"
 
 
 @pytest.fixture(scope="module")
 def dynamic_bytes(tmp_path_factory):
-    """Shared memory that each kernel is launched with, from its own header."""
+    """DYNAMIC_BYTES as numbers, from the kernels' own headers."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("shared")
+    headers = ("runtime.h", *(f"cuda/{op}.cuh" for op in ("kcenter", "exclusive_bottomk", "pivot_cosine")))
     (folder / "sizes.cpp").write_text(
-        '#include "runtime.h"\n#include "cuda/kcenter.cuh"\n'
-        'int main() { printf("%zu %zu", sizeof(pruneops::LazyShared), size_t(pruneops::kPipelineBytes)); }\n'
+        "\n".join(f'#include "{header}"' for header in headers)
+        + "\nusing namespace pruneops;\nint main() { for (size_t size : {"
+        + ", ".join(f"size_t({size})" for size in DYNAMIC_BYTES.values())
+        + '}) printf("%zu ", size); }\n'
     )
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_emulation'}"]
     subprocess.run([compiler, "-std=c++20", "-w", *includes, "sizes.cpp", "-o", "sizes"], cwd=folder, check=True)
-    lazy, gram = map(int, subprocess.check_output([folder / "sizes"]).split())
-    return {"kcenter_lazy": lazy, "kcenter_gram": gram}
+    return dict(zip(DYNAMIC_BYTES, map(int, subprocess.check_output([folder / "sizes"]).split())))

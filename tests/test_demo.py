@@ -1,5 +1,7 @@
 """The demo: geometry of the tiles, the random model, the whole run in small, its errors."""
 
+import io
+import itertools
 import json
 import math
 import sys
@@ -7,14 +9,15 @@ import sys
 import pytest
 import torch
 
-from pruneops import cli
+from pruneops import cli, reference
 
 pytest.importorskip("transformers")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 
-from pruneops.demo import DemoError, model, photo  # noqa: E402
+from pruneops import plots  # noqa: E402
+from pruneops.demo import DemoError, methods, model, photo  # noqa: E402
 from pruneops.demo import run as demo  # noqa: E402
 
 TINY = model.Shape(56, 14, 64, 3, 4, width=64, layers=2, heads=2, inner=128, dtype=torch.float32)  # 5 x 16 tokens
@@ -169,26 +172,87 @@ def test_end_to_end(tiny, capsys):
     assert sorted(path.name for path in tiny.iterdir()) == ["picture.png", "pruneops-demo.png", "record.json"]
 
 
+def test_end_to_end_dart(tiny, capsys):
+    argv = ("--image", "picture.png", "--method", "dart", "--keep", "21", "--save", "record.json")
+    status, out, err = command(capsys, *argv, "--backend", "reference")
+    assert (status, err) == (0, "")
+    record = json.loads((tiny / "record.json").read_text())
+    assert record["method"] == "dart" and record["tokens"]["kept"] == 21 == len(set(record["order"]))
+    assert record["quotas"] == [2, 2, 2, 2, 2, 1, 1, 1] and record["order"][:8] == record["pivots"]
+    assert record["duplication"][:8] == pytest.approx([1] * 8)
+    assert all(-1 <= score <= 1.00001 for score in record["duplication"])
+    assert all(value > 0 for value in record["seconds"].values()) and len(record["seconds"]) == demo.STAGES
+    assert "least duplication" in out and "tokens taken by each: 1 or 2" in out
+    with Image.open("pruneops-demo.png") as drawn:
+        assert drawn.size == (1200, 640)
+
+
+def test_pivots_take_the_least_similar_in_turn():
+    x = torch.tensor([[1.0, 0], [0, 2], [-1, 0], [0, -3], [1, 1], [-1, -1]])
+    (order,) = methods.METHODS["dart"].choose(reference, x, torch.tensor([0, 1]), 5, "cosine")
+    assert order.tolist() == [0, 1, 2, 5, 3]  # the first pivot takes two of the other three
+
+
+def test_what_repeats_scores_higher(tiny, picture):
+    record = demo.run("picture.png", method="dart", keep=80, shape=TINY, device="cpu", runs=1)
+    tiling = photo.Tiling(*picture.size, TINY.crop)
+    flat, noisy = [], []
+    for token, score in zip(record["order"], record["duplication"]):
+        left, top, right, bottom = tiling.box(token)
+        if top >= 0 and bottom <= 80 and (right <= 60 or left >= 60):  # on the photograph, in one of its halves
+            (flat if right <= 60 else noisy).append(score)
+    assert len(flat) == len(noisy) > 10 and np.median(flat) > np.median(noisy) + 0.1
+
+
+def test_duplication_picture_shows_every_token_in_its_place():
+    """Each token scores its number; those kept stand out in colour, and nothing else does."""
+    tiling = photo.Tiling(112, 112, 56)
+    order, quotas, scores = [3, 77, 16, 20, 41], [2, 1], np.arange(80) / 79
+    tiles = np.zeros((5, 56, 56, 3), np.uint8)
+    file = plots.duplication(tiles, tiling, order, quotas, scores.tolist(), "note", "caption")
+    pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(float)
+    tall, high = plots.COLUMN * plots.WIDTH * plots.DPI, plots.HEIGHT * plots.DPI
+
+    def colour(token, column):
+        """Of a pixel off the middle of a token's square, where no dot is."""
+        tile, row, across = tiling.place(token)
+        left, top = plots._left(column) * plots.WIDTH * plots.DPI, high - 0.93 * high
+        if tile == 0:
+            top = high - plots.MARGIN * plots.WIDTH * plots.DPI - tall / 2
+        else:
+            left, top = left + (tile - 1) % 2 * tall / 2, top + (tile - 1) // 2 * tall / 2
+        return pixels[int(top + (row + 0.2) * tall / 8), int(left + (across + 0.2) * tall / 8)]
+
+    brightness = [colour(token, 1).sum() for token in range(80)]
+    assert all(later >= earlier - 6 for earlier, later in itertools.pairwise(brightness))
+    assert brightness[-1] > brightness[0] + 300
+    assert [token for token in range(80) if np.ptp(colour(token, 2)) > 60] == sorted(order)
+    assert (colour(16, 2) == colour(3, 2)).all() and (colour(41, 2) == colour(77, 2)).all()
+    assert np.abs(colour(3, 2) - colour(77, 2)).max() > 60
+
+
 def test_kept_tokens_follow_the_content(tiny, picture):
     order = demo.run("picture.png", keep=16, shape=TINY, device="cpu", runs=1)["order"]
     boxes = [photo.Tiling(*picture.size, TINY.crop).box(token) for token in order]
     assert sum(right > 60 for _, _, right, _ in boxes) >= 12  # the noisy half is half of the tokens
 
 
-def test_seed_decides_everything(tiny):
+@pytest.mark.parametrize("method, measure", [("todre", "radii"), ("dart", "duplication")])
+def test_seed_decides_everything(tiny, method, measure):
     records, drawings = [], []
     for seed in (3, 3, 4):
-        records.append(demo.run("picture.png", seed=seed, shape=TINY, device="cpu", runs=1))
+        records.append(demo.run("picture.png", method=method, seed=seed, shape=TINY, device="cpu", runs=1))
         drawings.append((tiny / "pruneops-demo.png").read_bytes())
-    same = [(record["order"], record["radii"]) for record in records]
+    same = [(record["order"], record[measure]) for record in records]
     assert same[0] == same[1] != same[2]
     assert drawings[0] == drawings[1] != drawings[2]
 
 
-@pytest.mark.parametrize("keep, kept", [(1, 1), (80, 80), (1.0, 80), (1e-9, 1)])
-def test_budgets(tiny, keep, kept):
-    record = demo.run("picture.png", keep=keep, shape=TINY, device="cpu", runs=1, out="picture.jpg")
-    assert record["tokens"]["kept"] == kept == len(record["order"])
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("keep, kept", [(1, 1), (7, 7), (9, 9), (80, 80), (1.0, 80), (1e-9, 1)])
+def test_budgets(tiny, method, keep, kept):
+    record = demo.run("picture.png", method=method, keep=keep, shape=TINY, device="cpu", runs=1, out="picture.jpg")
+    assert record["tokens"]["kept"] == kept == len(set(record["order"])) == len(record["order"])
 
 
 def test_default_photograph_json_and_folder(tiny, capsys):
@@ -237,6 +301,7 @@ def test_bad_image_gives_one_line_and_writes_nothing(tiny, capsys, picture, name
         (["--out", "picture.txt"], ".png"),
         (["--save", "."], "is a directory"),
         (["--backend", "cuda"], "cannot run here"),
+        (["--method", "dart", "--metric", "euclidean"], "knows cosine only"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(tiny, capsys, argv, words):
@@ -244,6 +309,11 @@ def test_what_cannot_be_done_is_said_in_one_line(tiny, capsys, argv, words):
     status, out, err = command(capsys, "--image", "picture.png", *argv)
     assert (status, out) == (2, "") and err.count("\n") == 1 and words in err
     assert sorted(tiny.rglob("*")) == before
+
+
+def test_unknown_method(tiny):
+    with pytest.raises(DemoError, match="one of todre, dart"):
+        demo.run("picture.png", method="fastest", shape=TINY)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,6 +1,8 @@
 """The house: import directions, versions, choice of backend, installs that lack a compiler or Triton."""
 
 import ast
+import doctest
+import inspect
 import os
 import re
 import shutil
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import pruneops
-from pruneops import backends
+from pruneops import backends, reference
 from tests import contract
 from tests.contract import CPU_TARGETS, ROOT, TARGETS, Target, assert_same_bits, run_python
 
@@ -81,6 +83,30 @@ def test_imports_run_one_way(layer):
 )
 def test_one_name_in_every_folder(operator, place):
     assert (ROOT / place.format(operator)).is_file()
+
+
+@pytest.mark.parametrize("operator", pruneops.ops.__all__)
+def test_one_signature_everywhere(operator):
+    """The public function, the reference and torch's schema agree on names, order and defaults."""
+
+    def arguments(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    schema = getattr(torch.ops.pruneops, operator).default._schema
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    stated = [
+        (a.name, kinds[a.kwarg_only], a.default_value if a.has_default_value() else inspect.Parameter.empty)
+        for a in schema.arguments
+    ]
+    assert arguments(getattr(pruneops, operator)) == arguments(getattr(reference, operator)) == stated
+
+
+@pytest.mark.parametrize("operator", pruneops.ops.__all__)
+def test_docstring_examples(operator):
+    function = getattr(pruneops, operator)
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder(recurse=False).find(function, operator):
+        assert runner.run(test).failed == 0
 
 
 def test_versions_agree():

@@ -4,24 +4,19 @@ Least cost of a case: x read once and indices and radii written once; every chos
 every token, 2 B N k D operations (the norms are 2 B N D more, not counted).
 """
 
+import functools
 import itertools
 
 import torch
 
 import pruneops
 
-from ..harness import capture
+from ..common import NAMES, SHARE, TOLERANCE, VARLEN, as_reference, features, signs
+from ..harness import capture, compiled
 from ..peers import kcenter as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 
-SHARE = 0.1  # of the tokens is kept
 POWERS_OF_FOUR = (16, 64, 256, 1024, 4096)
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # every dtype that is timed
-VARLEN = (576, 1728, 2880, 2304, 1440)  # LLaVA-NeXT images of one to five 24 x 24 tiles
-
-# A choice is right when it is this close to the best in cosine similarity, which float64 decides;
-# half precision rounds the similarities themselves.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
 def _batched(B, N, D, dtype):
@@ -78,14 +73,6 @@ SETS = {
         "full": tuple(case.name for case in CASES),
     },
 }
-
-
-def features(tokens, D, generator):
-    """Rows [tokens, D] that lie together as image tokens do: a common offset, clusters, noise."""
-    normal = dict(generator=generator, device=generator.device)
-    centers = torch.randn(max(2, tokens // 20), D, **normal)
-    nearest = torch.randint(len(centers), (tokens,), **normal)
-    return torch.randn(D, **normal) + centers[nearest] + torch.randn(tokens, D, **normal)
 
 
 def arguments(case, device):
@@ -162,9 +149,9 @@ def _blocks(case):
 
 def cost(case):
     D, blocks = case.sizes["D"], _blocks(case)
-    inputs = sum(B * N * D * case.dtype.itemsize for B, N, _ in blocks)
-    outputs = sum(B * k * (8 + 4) for B, _, k in blocks)
-    return Cost(inputs + outputs, sum(2 * B * N * k * D for B, N, k in blocks))
+    read = sum(B * N * D * case.dtype.itemsize for B, N, _ in blocks)
+    written = sum(B * k * (8 + 4) for B, _, k in blocks)
+    return Cost(read, written, sum(2 * B * N * k * D for B, N, k in blocks))
 
 
 def _loop_seconds(case, ceilings, itemsize=None, launches=6, batched=True):
@@ -199,10 +186,8 @@ def _prepare(form):
 
 
 def _prepare_compiled(case, arguments):
-    if pruneops.backends.interpreting():
-        raise RuntimeError("torch.compile needs TRITON_INTERPRET off")
-    step = peers.compile_step()
-    return _prepare(lambda v, k, pivot: peers.compiled(v, k, pivot, step))(case, arguments)
+    step = compiled(peers.step, dynamic=False)
+    return _prepare(functools.partial(peers.loop, step=step))(case, arguments)
 
 
 def _prepare_graph(case, arguments):
@@ -210,7 +195,7 @@ def _prepare_graph(case, arguments):
 
 
 def sanitize(device):
-    """Every form of the operator on small shapes: both metrics, seeds, masks, odd strides, packed images.
+    """Every form of the operator on small shapes: both metrics, seeds, masks, odd and even strides, packed images.
 
     Entries are 1 or -1, so choices are those of the reference to the last tie wherever the
     arithmetic is exact: Euclidean always, cosine where D is a power of four.
@@ -223,36 +208,30 @@ def sanitize(device):
         (1, 5003, 64, 70, torch.bfloat16),  # rounds: past the bound of the Gram form
         (1, 10007, 24, 150, torch.float32),
     ):
-        wide = _signs((B, N, D + 3), generator).to(dtype)
         mask = torch.rand(B, N, generator=generator) < 0.9
         seeds = torch.randperm(N, generator=generator)[: B * 2].reshape(B, 2)
-        for metric in ("cosine", "euclidean"):
+        for metric, margin in (("cosine", 16), ("euclidean", 1)):
+            wide = signs((B, N, D + 2 * margin), generator).to(dtype)
             words = f"B {B} N {N} D {D} k {k} {str(dtype).removeprefix('torch.')} {metric}"
             exact = metric == "euclidean" or D in POWERS_OF_FOUR
 
-            def run(to, wide=wide, k=k, seeds=seeds, mask=mask, metric=metric, D=D):
-                x = wide.to(to)[..., 1 : D + 1]
-                return pruneops.kcenter(x, k, seeds=seeds.to(to), mask=mask.to(to), metric=metric)
+            def run(to, wide=wide, k=k, seeds=seeds, mask=mask, metric=metric, margin=margin):
+                x = wide.to(to)[..., margin:-margin]
+                return pruneops.kcenter(x, k, seeds=seeds.to(to), mask=mask.to(to), metric=metric).indices
 
-            yield words, _as_reference(run, device, exact)
+            yield words, as_reference(run, device) if exact else _all_different(run(device))
     lengths, ks = (70, 0, 5200, 33), (7, 0, 40, 33)
-    packed = _signs((sum(lengths), 64), generator)
+    packed = signs((sum(lengths), 64), generator)
     starts = torch.tensor([0, *itertools.accumulate(lengths)])
-    words = f"images {lengths} D 64"
-    yield words, _as_reference(lambda to: pruneops.kcenter_varlen(packed.to(to), starts.to(to), ks), device, True)
+
+    def run_packed(to):
+        return pruneops.kcenter_varlen(packed.to(to), starts.to(to), ks).indices
+
+    yield f"images {lengths} D 64", as_reference(run_packed, device)
 
 
-def _signs(shape, generator):
-    return torch.randint(2, shape, generator=generator) * 2.0 - 1
-
-
-def _as_reference(run, device, exact):
-    """Whether indices are all different and, where arithmetic is exact, those of the reference."""
-    indices = run(device).indices.cpu()
-    if exact:
-        with pruneops.backend("reference"):
-            return torch.equal(indices, run(torch.device("cpu")).indices)
-    return all(len(row.unique()) == len(row) and row.min() >= 0 for row in indices)
+def _all_different(indices):
+    return all(len(row.unique()) == len(row) and row.min() >= 0 for row in indices.cpu())
 
 
 OPERATOR = Operator(

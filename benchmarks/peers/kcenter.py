@@ -17,29 +17,14 @@ def similarity(v, center):
     return torch.bmm(v, v[rows, center, :, None])[..., 0]
 
 
-def loop(v, k, pivot):
-    """Algorithm 1, nothing read by the host."""
-    return _loop(_step, v, k, pivot)
-
-
-def compiled(v, k, pivot, step):
-    """`loop` with its step compiled; `step` comes from `compile_step`."""
-    return _loop(step, v, k, pivot)
-
-
-def compile_step():
-    """The loop's step under torch.compile, for static shapes."""
-    torch._dynamo.reset()
-    return torch.compile(_step, dynamic=False, fullgraph=True)
-
-
-def _step(v, nearest):
+def step(v, nearest):
     """The most dissimilar token, and the greatest similarities once it is chosen too."""
     choice = nearest.argmin(-1)
     return choice, torch.maximum(nearest, similarity(v, choice))
 
 
-def _loop(step, v, k, pivot):
+def loop(v, k, pivot, step=step):
+    """Algorithm 1, nothing read by the host; `step` may come compiled."""
     v = F.normalize(v, dim=-1)
     chosen = [pivot]
     nearest = similarity(v, pivot)

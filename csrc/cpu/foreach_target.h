@@ -4,8 +4,8 @@
 //   #define PRUNEOPS_KERNEL "cpu/<op>_kernel.h"
 //   #include "cpu/foreach_target.h"
 //
-// The kernel file opens with #include "cpu/simd.h", includes nothing else, and holds no lambdas (they do not inherit
-// the pragma). Whatever it needs from elsewhere is included before this file.
+// The kernel file opens with #include "cpu/simd.h", or products.h which does, includes nothing else, and holds no
+// lambdas (they do not inherit the pragma). Whatever it needs from elsewhere is included before this file.
 
 #if defined(__x86_64__)
 #include <immintrin.h>

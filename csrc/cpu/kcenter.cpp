@@ -4,7 +4,7 @@
 // (nearest, index) as candidates and steps among them for as long as the best of them precedes every other token,
 // whose nearest may be out of date but can only be too low. Then one pass over x brings nearest up to date with all
 // centers of the round. A round makes at least one step. Similarities have the same bits in a round and in a pass
-// (see kcenter_kernel.h), so neither m, the tiles, the threads nor k change the choice.
+// (see products.h), so neither m, the tiles, the threads nor k change the choice.
 //
 // Cost per batch row, R rounds:
 //   operations  2 N k D for the passes + 2 m D per column computed among candidates (about 1.9 k columns) + 2 N D for
@@ -34,17 +34,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "cpu/common.h"
+#include "cpu/tokens.h"
 
 namespace pruneops {
 namespace {
@@ -52,37 +50,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kPad = 16;  // widest vector, in floats
-
-// Rows of `width` features, `stride` elements apart.
-struct Tokens {
-  const void* data;
-  int64_t stride, width;
-  Element type;
-};
-
-// Chosen tokens as float32 rows padded to kPad; aux is padded with NaN to kPad.
-struct Centers {
-  const float* const* rows;
-  const float* aux;
-  int64_t count;
-};
-
 // What one instruction set offers: its tile, and the scratch (floats) a call needs.
 struct Kernels {
   int64_t rows, block_rows, scratch;
-  float (*pack)(const Tokens&, int64_t, float*, float*);
-  void (*update)(const Tokens&, int64_t, int64_t, const Centers&, bool, bool, float*, float*, float*, float*);
+  float (*pack)(const Tokens&, int64_t, float*);
+  void (*update)(const Tokens&, int64_t, int64_t, const Packed&, bool, bool, float*, float*, float*, float*);
   void (*candidates)(const Tokens&, int64_t, int64_t, const float* const*, int64_t, float*, int64_t);
 };
-
-// Cosine: 1 / |x|, 0 for a zero vector. Euclidean: |x|^2. NaN for a non-finite token, so that every comparison with
-// its similarities is false.
-inline float auxiliary(float square, bool cosine) {
-  if (!(square <= std::numeric_limits<float>::max() / 4)) return kNaN;
-  if (!cosine) return square;
-  return square < std::numeric_limits<float>::min() ? 0.0f : 1.0f / std::sqrt(square);
-}
 
 }  // namespace
 }  // namespace pruneops
@@ -109,16 +83,6 @@ struct Problem {
   int64_t* indices;
   float* radii;
 };
-
-// Lexicographic order of (nearest, index) as one integer.
-using Key = uint64_t;
-constexpr Key kLastKey = ~Key{0};
-
-Key key(float nearest, int64_t index) {
-  const auto bits = std::bit_cast<uint32_t>(nearest + 0.0f);  // -0 becomes +0
-  const uint32_t ordered = bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
-  return Key{ordered} << 32 | uint32_t(index);
-}
 
 class Greedy {
  public:
@@ -159,20 +123,18 @@ class Greedy {
   void take_seeds() {
     for (int64_t i = 0; i < p_.seed_count; ++i) take(p_.seeds[i * p_.seed_stride] - p_.offset, kInfinity);
     if (done_ == p_.k) return;
-    Buffer scratch(kernels_.scratch);
     for (int64_t i = 0; i < done_; ++i) {
       float* row = panel_ + count_ * panel_stride_;
-      add_center(row, auxiliary(kernels_.pack(p_.x, p_.indices[i] - p_.offset, row, scratch), p_.cosine));
+      add_center(row, auxiliary(kernels_.pack(p_.x, p_.indices[i] - p_.offset, row), p_.cosine));
       if (count_ == cap_ || i + 1 == done_) pass(i < cap_);
     }
   }
 
   // The first allowed finite token, then the first pass.
   void take_first() {
-    Buffer scratch(kernels_.scratch);
     for (int64_t n = 0; n < p_.tokens && !count_; ++n) {
       if (nearest_[n] != nearest_[n]) continue;
-      const float aux = auxiliary(kernels_.pack(p_.x, n, panel_, scratch), p_.cosine);
+      const float aux = auxiliary(kernels_.pack(p_.x, n, panel_), p_.cosine);
       if (aux != aux) continue;
       take(n, kInfinity);
       add_center(panel_, aux);
@@ -184,7 +146,7 @@ class Greedy {
   void pass(bool first) {
     const int64_t padded = round_up(count_, kPad);
     std::fill(center_aux_ + count_, center_aux_ + padded, kNaN);
-    const Centers centers{rows_.data(), center_aux_, count_};
+    const Packed centers{rows_.data(), center_aux_, count_};
     const int64_t tiles = (p_.tokens + kernels_.rows - 1) / kernels_.rows;
     torch::stable::parallel_for(0, tiles, grain(count_), [&](int64_t begin, int64_t end) {
       Buffer dots((kernels_.block_rows + kernels_.rows) * padded), scratch(kernels_.scratch);
@@ -203,7 +165,7 @@ class Greedy {
   void round() {
     keys_.clear();
     for (int64_t n = 0; n < p_.tokens; ++n)
-      if (nearest_[n] == nearest_[n]) keys_.push_back(key(nearest_[n], n));
+      if (nearest_[n] == nearest_[n]) keys_.push_back(make_key(ordered(nearest_[n]), n));
     if (keys_.empty()) {
       for (; done_ < p_.k; ++done_) p_.indices[done_] = -1, p_.radii[done_] = kNaN;
       return;
@@ -238,7 +200,7 @@ class Greedy {
         const float sim = p_.cosine ? dot * candidate_aux_[i] * aux : 2.0f * dot - candidate_aux_[i] - aux;
         if (candidate_nearest_[i] < sim) {
           candidate_nearest_[i] = sim;
-          keys_[i] = key(sim, candidates_[i]);
+          keys_[i] = make_key(ordered(sim), candidates_[i]);
         }
       }
     }
@@ -253,13 +215,12 @@ class Greedy {
     dots_of_.assign(count, nullptr);
     dots_stride_of_.assign(count, 0);
     torch::stable::parallel_for(0, count, grain(0) * kernels_.rows, [&](int64_t begin, int64_t end) {
-      Buffer scratch(kernels_.scratch);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t index = uint32_t(keys_[i]);
         candidates_[i] = index;
         candidate_nearest_[i] = nearest_[index];
         candidate_aux_[i] = aux_[index];
-        kernels_.pack(p_.x, index, panel_ + i * panel_stride_, scratch);
+        kernels_.pack(p_.x, index, panel_ + i * panel_stride_);
       }
     });
   }
@@ -320,24 +281,6 @@ void solve(const std::vector<Problem>& problems) {
   });
 }
 
-Tokens tokens_of(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  STD_TORCH_CHECK(x.stride(last) == 1 || x.size(last) == 1, "kcenter: features must be contiguous");
-  Tokens tokens{x.const_data_ptr(), x.stride(last - 1), x.size(last), Element::kFloat};
-  switch (x.scalar_type()) {
-    case ScalarType::Float: break;
-    case ScalarType::Half: tokens.type = Element::kHalf; break;
-    case ScalarType::BFloat16: tokens.type = Element::kBFloat16; break;
-    default: STD_TORCH_CHECK(false, "kcenter: x must be float32, float16 or bfloat16");
-  }
-  STD_TORCH_CHECK(x.size(last - 1) < int64_t{1} << 32, "kcenter: at most 2^32 tokens");
-  return tokens;
-}
-
-const void* advance(const Tokens& tokens, int64_t elements) {
-  return static_cast<const char*>(tokens.data) + elements * size_of(tokens.type);
-}
-
 void check(const Problem& p) {
   STD_TORCH_CHECK(0 <= p.k && p.seed_count <= p.k && p.k <= p.tokens, "kcenter: k is ", p.k, " of ", p.tokens,
                   " tokens");
@@ -353,12 +296,11 @@ std::tuple<Tensor, Tensor> outputs(const Tensor& x, std::vector<int64_t> shape) 
 
 std::tuple<Tensor, Tensor> kcenter(Tensor x, int64_t k, std::optional<Tensor> seeds, std::optional<Tensor> mask,
                                    bool cosine) {
-  const Tokens tokens = tokens_of(x);
+  const Tokens tokens = tokens_of("kcenter", x);
   auto result = outputs(x, {x.size(0), k});
   std::vector<Problem> problems;
   for (int64_t b = 0; b < x.size(0); ++b) {
-    Problem p{tokens, x.size(1), k, 0, nullptr, 0, 0, nullptr, 0, cosine, nullptr, nullptr};
-    p.x.data = advance(tokens, b * x.stride(0));
+    Problem p{tokens.from(b * x.stride(0)), x.size(1), k, 0, nullptr, 0, 0, nullptr, 0, cosine, nullptr, nullptr};
     if (seeds) {
       p.seeds = static_cast<const int64_t*>(seeds->const_data_ptr()) + b * seeds->stride(0);
       p.seed_stride = seeds->stride(1), p.seed_count = seeds->size(1);
@@ -378,7 +320,7 @@ std::tuple<Tensor, Tensor> kcenter(Tensor x, int64_t k, std::optional<Tensor> se
 
 std::tuple<Tensor, Tensor> kcenter_varlen(Tensor x, Tensor cu_seqlens, std::vector<int64_t> ks,
                                           std::optional<Tensor> seeds, bool cosine) {
-  const Tokens tokens = tokens_of(x);
+  const Tokens tokens = tokens_of("kcenter", x);
   STD_TORCH_CHECK(cu_seqlens.size(0) == int64_t(ks.size()) + 1, "kcenter_varlen: cu_seqlens must hold len(ks) + 1");
   const int64_t* bounds = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
   int64_t total = 0;
@@ -390,8 +332,8 @@ std::tuple<Tensor, Tensor> kcenter_varlen(Tensor x, Tensor cu_seqlens, std::vect
   for (int64_t i = 0; i < int64_t(ks.size()); ++i) {
     const int64_t start = bounds[i * cu_seqlens.stride(0)], end = bounds[(i + 1) * cu_seqlens.stride(0)];
     STD_TORCH_CHECK(0 <= start && start <= end && end <= x.size(0), "kcenter_varlen: cu_seqlens must rise from 0 to T");
-    Problem p{tokens, end - start, ks[i], start, nullptr, 0, 0, nullptr, 0, cosine, indices, radii};
-    p.x.data = advance(tokens, start * x.stride(0));
+    Problem p{tokens.from(start * x.stride(0)), end - start, ks[i], start, nullptr, 0, 0, nullptr, 0, cosine,
+              indices, radii};
     if (seeds) {
       p.seeds = static_cast<const int64_t*>(seeds->const_data_ptr()) + i * seeds->stride(0);
       p.seed_stride = seeds->stride(1), p.seed_count = seeds->size(1);

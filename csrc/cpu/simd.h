@@ -5,15 +5,19 @@ constexpr int64_t kLanes = PRUNEOPS_LANES;
 
 typedef float Vec __attribute__((vector_size(4 * PRUNEOPS_LANES)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * PRUNEOPS_LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * PRUNEOPS_LANES)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * PRUNEOPS_LANES)));
 typedef float Vec4 __attribute__((vector_size(16)));
+typedef uint32_t Vec4Bits __attribute__((vector_size(16)));
 
 #define PRUNEOPS_INLINE static inline __attribute__((always_inline))
 
 #if defined(__clang__)
 #define PRUNEOPS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define PRUNEOPS_SHUFFLE4 PRUNEOPS_SHUFFLE
 #else
 #define PRUNEOPS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecBits{__VA_ARGS__})
+#define PRUNEOPS_SHUFFLE4(a, b, ...) __builtin_shuffle(a, b, Vec4Bits{__VA_ARGS__})
 #endif
 
 PRUNEOPS_INLINE Vec broadcast(float value) { return Vec{} + value; }
@@ -23,6 +27,12 @@ PRUNEOPS_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, 
 PRUNEOPS_INLINE Vec load(const float* from) {
   Vec value;
   __builtin_memcpy(&value, from, sizeof(Vec));
+  return value;
+}
+
+PRUNEOPS_INLINE VecBits load(const uint32_t* from) {
+  VecBits value;
+  __builtin_memcpy(&value, from, sizeof(VecBits));
   return value;
 }
 
@@ -94,4 +104,17 @@ PRUNEOPS_INLINE void widen(const T* from, int64_t count, float* to) {
   T tail[kLanes] = {};
   __builtin_memcpy(tail, from + i, (count - i) * sizeof(T));
   store(to + i, load(tail));
+}
+
+// One bit per lane, of lanes that are all ones or all zeros.
+PRUNEOPS_INLINE uint32_t bits_of(VecInt lanes) {
+#if PRUNEOPS_LANES == 16
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif PRUNEOPS_LANES == 8
+  return _mm256_movemask_ps((__m256)lanes);
+#else
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kLanes; ++i) bits |= uint32_t(lanes[i] & 1) << i;
+  return bits;
+#endif
 }

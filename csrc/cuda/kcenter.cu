@@ -3,7 +3,7 @@
 // kernel adds them up in the same order, so both forms choose alike to the bit, equal tokens tie exactly, and every
 // prefix is the answer for a smaller k.
 //
-// NOT YET RUN ON A GPU. The kernels run on emulated threads in tests/test_cuda_emulation.py; all times below are
+// NOT YET RUN ON A GPU. The kernels run on emulated threads in tests/cuda_emulation; all times below are
 // expectations from counted operations and bytes.
 //
 // Two forms, chosen by N, B and element type only:
@@ -55,35 +55,16 @@ bool gram_fits(int64_t batch, int64_t tokens, size_t element) {
   return tokens <= kGramTokens[element == 2] && batch * tokens * (tokens + 3) * 4 <= kGramBytes;
 }
 
-template <class T>
-Tokens<T> tokens_of(const Tensor& x, bool packed) {
-  const int64_t batch = packed ? 0 : x.stride(0), row = x.stride(packed ? 0 : 1), width = x.size(packed ? 1 : 2);
-  STD_TORCH_CHECK(x.stride(packed ? 1 : 2) == 1 || width == 1, "pruneops: features must lie next to each other");
-  STD_TORCH_CHECK(width < INT32_MAX / 4 && x.size(packed ? 0 : 1) < INT32_MAX, "pruneops: x has too large a dimension");
-  const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const bool aligned = (address | (batch | row) * sizeof(T)) % 16 == 0;
-  return {static_cast<const T*>(x.data_ptr()), batch, row, static_cast<int>(width), aligned};
-}
-
 Companions companions_of(const std::optional<Tensor>& seeds, const std::optional<Tensor>& mask, int64_t k) {
   Companions given{};
+  given.mask = flags_of(mask);
   if (seeds && seeds->size(1) > 0) {
     given.seeds = static_cast<const int64_t*>(seeds->data_ptr());
     given.seeds_stride[0] = seeds->stride(0);
     given.seeds_stride[1] = seeds->stride(1);
     given.seeds_count = std::min(k, seeds->size(1));
   }
-  if (mask) {
-    given.mask = static_cast<const bool*>(mask->data_ptr());
-    given.mask_stride[0] = mask->stride(0);
-    given.mask_stride[1] = mask->stride(1);
-  }
   return given;
-}
-
-// Uninitialised float32 memory on the device of x.
-Tensor scratch(const Tensor& x, int64_t floats) {
-  return torch::stable::new_empty(x, {floats}, ScalarType::Float);
 }
 
 template <class T>
@@ -96,11 +77,10 @@ void run_gram(const Tokens<T>& x, const Tensor& tensor, int64_t k, const Compani
   auto* gram = static_cast<float*>(gram_memory.data_ptr());
 
   const int64_t norm_blocks = std::min<int64_t>((batch * n + kWarps - 1) / kWarps, 8 * multiprocessors());
-  launch(kcenter_norms<T>, norm_blocks, kThreads, 0, false, stream, x, batch, n, norms, gram, pitch, out.cosine);
-  launch(x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, batch * (side * (side + 1) / 2), kThreads,
-         kPipelineBytes, false, stream, x, n, norms, gram, pitch, out.cosine);
-  launch(kcenter_greedy, batch, (n + 127) / 128 * 32, kGreedyBytes, false, stream, gram, pitch, norms, n, k, given,
-         out);
+  launch(kcenter_norms<T>, {norm_blocks, kThreads}, stream, x, batch, n, norms, gram, pitch, out.cosine);
+  launch(x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>,
+         {batch * (side * (side + 1) / 2), kThreads, kPipelineBytes}, stream, x, n, norms, gram, pitch, out.cosine);
+  launch(kcenter_greedy, {batch, (n + 127) / 128 * 32, kGreedyBytes}, stream, gram, pitch, norms, n, k, given, out);
 }
 
 // One cooperative launch over p.rows batch rows or sequences of about `tokens` tokens.
@@ -116,7 +96,7 @@ void run_lazy(Lazy<T> p, const Tensor& tensor, int64_t tokens) {
   p.products = static_cast<float*>(products.data_ptr());
   p.arrivals = static_cast<unsigned*>(arrivals.data_ptr());
   check(cudaMemsetAsync(p.arrivals, 0, p.teams * kTeamPitch * sizeof(unsigned), stream), "cudaMemsetAsync");
-  launch(kcenter_lazy<T>, int64_t(p.teams) * p.blocks, kThreads, sizeof(LazyShared), true, stream, p);
+  launch(kcenter_lazy<T>, {int64_t(p.teams) * p.blocks, kThreads, sizeof(LazyShared), kCooperative}, stream, p);
 }
 
 std::tuple<Tensor, Tensor> outputs(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef shape) {
@@ -138,7 +118,7 @@ std::tuple<Tensor, Tensor> kcenter(const Tensor& x, int64_t k, const std::option
   const Output out = output_of(result, cosine);
   by_element(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Tokens<T> tokens = tokens_of<T>(x, false);
+    const Tokens<T> tokens = tokens_of<T>(x);
     if (gram_fits(batch, n, sizeof(T))) return run_gram(tokens, x, k, given, out);
     const Tensor nearest = scratch(x, batch * n), norms = scratch(x, batch * n);
     Lazy<T> p{tokens, given, out, nullptr, n, batch, k};
@@ -168,7 +148,7 @@ std::tuple<Tensor, Tensor> kcenter_varlen(const Tensor& x, const Tensor& cu_seql
     using T = decltype(zero);
     const Tensor nearest = scratch(x, total), norms = scratch(x, total);
     for (int64_t first = 0; first < n; first += kMaxSequences) {
-      Lazy<T> p{tokens_of<T>(x, true), given, output_of(result, cosine)};
+      Lazy<T> p{tokens_of<T>(x), given, output_of(result, cosine)};
       p.cu_seqlens = static_cast<const int64_t*>(cu_seqlens.data_ptr()) + first;
       p.given.seeds += first * given.seeds_stride[0];
       p.tokens = total;

@@ -2,14 +2,15 @@
 
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
 #include "cuda/keys.cuh"
 #include "cuda/primitives.cuh"
+#include "cuda/similarity.cuh"
 #include "cuda/team.cuh"
 #include "cuda/tile.cuh"
+#include "cuda/views.cuh"
 
 namespace pruneops {
 
@@ -19,33 +20,19 @@ constexpr int kGreedyThreads = 1024;
 constexpr int kGreedyTokens = 4 * kGreedyThreads;
 constexpr int kGreedyBytes = 2 * 32 * sizeof(Key);
 
-// x [B, N, D], or [T, D] with batch stride 0.
-template <class T>
-struct Tokens {
-  const T* data;
-  int64_t batch_stride, row_stride;
-  int width;
-  bool aligned;
-
-  __device__ Matrix<T> matrix(int64_t offset) const { return {data + offset, row_stride, width, aligned}; }
-};
-
-// seeds [B, P] and mask [B, N]; either may be null.
+// seeds [B, P], may be null, and mask [B, N].
 struct Companions {
   const int64_t* seeds;
   int64_t seeds_stride[2];
   int64_t seeds_count;
-  const bool* mask;
-  int64_t mask_stride[2];
+  Flags mask;
 
   // Seed `step` of a batch row as an index below `n`, or -1 if it is none.
   __device__ int seed(int64_t row, int64_t step, int64_t begin, int n) const {
     const int64_t token = seeds[row * seeds_stride[0] + step * seeds_stride[1]] - begin;
     return token >= 0 && token < n ? static_cast<int>(token) : -1;
   }
-  __device__ bool allows(int64_t row, int64_t token) const {
-    return !mask || mask[row * mask_stride[0] + token * mask_stride[1]];
-  }
+  __device__ bool allows(int64_t row, int64_t token) const { return mask.at(row, token, true); }
 };
 
 struct Output {
@@ -60,19 +47,6 @@ struct Output {
     radii[at] = similarity < INFINITY ? distance : NAN;
   }
 };
-
-// What similarity needs of one token besides the product: 1 / norm (cosine; 0 for a zero vector) or squared norm
-// (euclidean). NaN for a token that is not finite, so that its similarities are NaN and never compare.
-__device__ __forceinline__ float companion_of(float square, bool cosine) {
-  if (!(square <= FLT_MAX / 4)) return NAN;
-  if (!cosine) return square;
-  return square < FLT_MIN ? 0.0f : 1.0f / sqrtf(square);
-}
-
-// Symmetric to the bit.
-__device__ __forceinline__ float similarity(float dot, float a, float b, bool cosine) {
-  return cosine ? dot * (a * b) : 2 * dot - (a + b);
-}
 
 __device__ __forceinline__ float nearer(float s, float sim) { return s < sim ? sim : s; }  // false with NaN
 
@@ -155,7 +129,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
   };
   Shared& sh = shared<Shared>();
   const int64_t b = blockIdx.x;
-  const int tid = threadIdx.x, warps = blockDim.x / 32;
+  const int tid = threadIdx.x;
   gram += b * n * pitch + 4 * tid;
   norms += b * n;
 
@@ -180,11 +154,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
     Key best = kNoKey;
 #pragma unroll
     for (int i = 0; i < 4; ++i) best = min(best, make_key(ordered(s[i]), 4 * tid + i));
-    best = warp_least(best);
-    Key* least = sh.least[step % 2];
-    if (tid % 32 == 0) least[tid / 32] = best;
-    __syncthreads();
-    best = warp_least(tid % 32 < warps ? least[tid % 32] : kNoKey);
+    best = block_least(best, sh.least[step % 2]);
     const bool found = available(best);
     if (tid == 0) out.write(b * k + step, found ? int(index_of(best)) : -1, found ? score_of(order_of(best)) : NAN);
     if (found) take(index_of(best));

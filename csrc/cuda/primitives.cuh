@@ -80,6 +80,20 @@ PRUNEOPS_MULTIPLY_ADD(__nv_bfloat16, "bf16")
 #undef PRUNEOPS_MULTIPLY_ADD
 
 __device__ __forceinline__ unsigned warp_min(unsigned v) { return __reduce_min_sync(~0u, v); }
+__device__ __forceinline__ unsigned warp_sum(unsigned v) { return __reduce_add_sync(~0u, v); }
+
+// A meeting of the blocks of a cluster: what all wrote before they arrived is seen by those who wait. Before compute
+// capability 9.0 a cluster is one block.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
 
 // Publishes what this thread (and, past a block barrier, its block) has written to the whole device.
 __device__ __forceinline__ void arrive_release(unsigned* counter) {

@@ -14,9 +14,9 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/primitives.cuh"
+#include "cuda/views.cuh"
 
 namespace pruneops {
 
@@ -32,14 +32,6 @@ constexpr int kPipelinesPerProcessor = 2;  // in 228 KB
 #else
 constexpr int kPipelinesPerProcessor = 1;  // in 164 or 100 KB
 #endif
-
-template <class T>
-struct Matrix {
-  const T* data;
-  int64_t stride;  // elements from row to row; features lie next to each other
-  int width;
-  bool aligned;  // every row starts at a multiple of 16 bytes
-};
 
 // Some rows of a matrix: `count` of them, from a list or one after another.
 struct Rows {
@@ -57,7 +49,6 @@ constexpr int kPiece = 16 / sizeof(T);
 // Features [k, k + kPiece) of a row of any alignment, zeros past its width.
 template <class T>
 __device__ __forceinline__ uint4 gather_piece(const T* row, int k, int width) {
-  using Raw = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
   constexpr int kInWord = 4 / sizeof(T);
   unsigned words[4];
 #pragma unroll
@@ -66,7 +57,7 @@ __device__ __forceinline__ uint4 gather_piece(const T* row, int k, int width) {
 #pragma unroll
     for (int e = 0; e < kInWord; ++e) {
       const int at = k + w * kInWord + e;
-      if (at < width) words[w] |= unsigned(reinterpret_cast<const Raw*>(row)[at]) << 16 * e;
+      if (at < width) words[w] |= unsigned(reinterpret_cast<const Bits<T>*>(row)[at]) << 16 * e;
     }
   }
   return uint4{words[0], words[1], words[2], words[3]};
@@ -235,36 +226,49 @@ __device__ void multiply_rows(Sums<T, FULL>& out, const Matrix<T>& x, const Rows
   wait_copies<0>();
 }
 
+// sum + the squares of a piece's features.
+template <class T>
+__device__ __forceinline__ float add_squares(float sum, uint4 piece) {
+  const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+#pragma unroll
+    for (int e = 0; e < int(4 / sizeof(T)); ++e) {
+      const float v = value_of<T>(words[w] >> 16 * e);
+      sum = fmaf(v, v, sum);
+    }
+  }
+  return sum;
+}
+
+template <class T>
+__device__ __forceinline__ uint4 load_piece(const T* at) {
+  return *reinterpret_cast<const uint4*>(at);
+}
+
+// Features [k, k + kPiece) of a row of x, zeros past its width.
+template <class T>
+__device__ __forceinline__ uint4 piece_at(const Matrix<T>& x, const T* row, int k) {
+  return x.aligned && k + kPiece<T> <= x.width ? load_piece(row + k) : gather_piece(row, k, x.width);
+}
+
 // Sum of squares of one row, by a warp; all lanes get it.
 template <class T>
 __device__ float squared_norm(const Matrix<T>& x, const T* row) {
   constexpr int kBatch = 4, kStride = 32 * kPiece<T>;
   float sum = 0;
-  const auto add = [&](uint4 piece) {
-    const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-#pragma unroll
-      for (int e = 0; e < int(4 / sizeof(T)); ++e) {
-        const float v = value_of<T>(words[w] >> 16 * e);
-        sum = fmaf(v, v, sum);
-      }
-    }
-  };
   int k = threadIdx.x % 32 * kPiece<T>;
   if (x.aligned) {
     for (; k + (kBatch - 1) * kStride + kPiece<T> <= x.width; k += kBatch * kStride) {
       uint4 pieces[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) pieces[i] = *reinterpret_cast<const uint4*>(row + k + i * kStride);
+      for (int i = 0; i < kBatch; ++i) pieces[i] = load_piece(row + k + i * kStride);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) add(pieces[i]);
+      for (int i = 0; i < kBatch; ++i) sum = add_squares<T>(sum, pieces[i]);
     }
   }
 #pragma unroll 1
-  for (; k < x.width; k += kStride)
-    add(x.aligned && k + kPiece<T> <= x.width ? *reinterpret_cast<const uint4*>(row + k)
-                                              : gather_piece(row, k, x.width));
+  for (; k < x.width; k += kStride) sum = add_squares<T>(sum, piece_at(x, row, k));
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   return sum;

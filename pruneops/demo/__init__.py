@@ -1,7 +1,8 @@
 """What `pruneops demo` runs: a photograph through a LLaVA-shaped model, with and without pruning.
 
-photo.py reads and tiles the photograph, model.py holds the random-weight model, run.py times
-the stages and reports. The packages of pruneops[demo] are imported only when the demo runs.
+photo.py reads and tiles the photograph, model.py holds the random-weight model, methods.py the ways
+to choose tokens, run.py times the stages and reports. The packages of pruneops[demo] are imported
+only when the demo runs.
 """
 
 

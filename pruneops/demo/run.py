@@ -1,8 +1,7 @@
-"""The demo: tile a photograph, keep the most different visual tokens, time the prefill with and without.
+"""The demo: tile a photograph, keep some of its visual tokens, time the prefill with and without.
 
-Stage 1 of ToDRE (arXiv:2505.18757): the pivot is the thumbnail's token of greatest [CLS] attention,
-the others follow by greedy k-center on the projected tokens. Kept tokens enter the decoder in
-ascending order, at the positions they had among all of them.
+A method of methods.py chooses among the projected tokens. Kept tokens enter the decoder in ascending
+order, at the positions they had among all of them.
 """
 
 import importlib
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, backend, backends, kcenter, reference
+from .. import __version__, backend, backends, ops, reference
 from . import DemoError, photo
+from .methods import METHODS
 
 EXTRAS = ("numpy", "PIL", "tqdm", "matplotlib", "transformers")
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -26,6 +26,7 @@ STAGES = 10
 def run(
     image=None,
     *,
+    method="todre",
     keep=0.1,
     metric="cosine",
     out="pruneops-demo.png",
@@ -42,15 +43,18 @@ def run(
     ----------
     image : path, optional
         Photograph; by default one that scikit-image brings along.
+    method : {"todre", "dart"}
+        What chooses the tokens.
     keep : float or int
         Fraction of the visual tokens in (0, 1], or their number.
     metric : {"cosine", "euclidean"}
+        Distance between tokens; "dart" knows the cosine only.
     out : path
         Picture, or the directory to put pruneops-demo.png into.
     save : path, optional
         Where to write the returned record as JSON.
     seed : int
-        Of all random weights.
+        Of all random weights and draws.
     device : {"auto", "cpu", "cuda"}
     backend_name : str
         As in `pruneops.backend`.
@@ -69,6 +73,7 @@ def run(
     DemoError, BackendUnavailable
         When it cannot run as asked; nothing is written then.
     """
+    _check_method(method, metric)
     _require((*EXTRAS, "skimage") if image is None else EXTRAS)
     out = _picture_path(out)
     save = None if save is None else _parent_checked(save, "--save")
@@ -81,7 +86,9 @@ def run(
     bar = tqdm(total=STAGES, disable=None, leave=False, bar_format="{desc:30}{bar:30} {n}/{total}")
     try:
         with bar, torch.inference_mode(), backend(backend_name):
-            record, picture = _measure(_Stages(device, bar), image, keep, metric, seed, device, shape, runs, out)
+            record, picture = _measure(
+                _Stages(device, bar), image, method, keep, metric, seed, device, shape, runs, out
+            )
     except torch.OutOfMemoryError:
         raise DemoError("the GPU ran out of memory; try --device cpu") from None
     record = {"version": __version__, "backend": served_by, "picture": str(out), **record}
@@ -92,7 +99,7 @@ def run(
     return record
 
 
-def _measure(stages, image, keep, metric, seed, device, shape, runs, out):
+def _measure(stages, image, method, keep, metric, seed, device, shape, runs, out):
     """(record, bytes of the picture)."""
     picture = stages("photo", lambda: photo.load(image))
     import transformers
@@ -112,10 +119,14 @@ def _measure(stages, image, keep, metric, seed, device, shape, runs, out):
     pixels = photo.normalise(tiles, device, shape.dtype)
     features, attention = stages("tower", lambda: model.see(tower, pixels), warmup=1)
     tokens = stages("projector", lambda: projector(features).flatten(0, 1), warmup=1)  # [N, D]
-    pivot = attention.argmax()[None]  # the thumbnail's tokens come first
+    way = METHODS[method]
+    pivots = way.pivots(tokens, attention, k, seed)
 
-    chosen = stages("selection", lambda: kcenter(tokens, k, seeds=pivot, metric=metric), warmup=1, runs=runs)
-    stages("selection, PyTorch loop", lambda: reference.kcenter(tokens, k, seeds=pivot, metric=metric))
+    def choose(operators):
+        return way.choose(operators, tokens, pivots, k, metric)
+
+    chosen = stages("selection", lambda: choose(ops), warmup=1, runs=runs)
+    stages("selection, PyTorch loop", lambda: choose(reference), warmup=1, runs=runs)
 
     def prefill(kept):
         embeddings = torch.cat([text[:, : TEXT[0]], tokens[None, kept], text[:, TEXT[0] :]], dim=1)
@@ -125,14 +136,14 @@ def _measure(stages, image, keep, metric, seed, device, shape, runs, out):
         return model.cache_bytes(model.prefill(decoder, embeddings, positions)[1])
 
     everything = torch.arange(tiling.tokens, device=device)
-    ascending = chosen.indices.sort().values
+    ascending = chosen[0].sort().values
     bytes_all = stages("prefill, all tokens", lambda: prefill(everything), warmup=1, runs=runs)
     bytes_kept = stages("prefill, kept tokens", lambda: prefill(ascending), warmup=1, runs=runs)
 
-    order, seconds = chosen.indices.tolist(), stages.seconds
-    radii = chosen.radii.tolist()
-    caption = f"vision tower: random\nweights, seed {seed}"
-    drawn = stages("picture", lambda: plots.selection(tiles, tiling, order, radii, caption, out.suffix[1:].lower()))
+    outcome, shown = way.outcome(tokens, pivots, chosen)
+    shown |= {"caption": f"vision tower: random\nweights, seed {seed}", "form": out.suffix[1:].lower()}
+    drawn = stages("picture", lambda: getattr(plots, way.picture)(tiles, tiling, **shown))
+    seconds = stages.seconds
     pruned = seconds["selection"] + seconds["prefill, kept tokens"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     record = {
@@ -146,11 +157,10 @@ def _measure(stages, image, keep, metric, seed, device, shape, runs, out):
             "dtype": str(shape.dtype).removeprefix("torch."),
         },
         "image": {"path": None if image is None else str(image), "width": picture.width, "height": picture.height},
+        "method": method,
         "metric": metric,
         "tokens": {"visual": tiling.tokens, "per_tile": tiling.side**2, "text": sum(TEXT), "kept": k},
-        "pivot": order[0],
-        "order": order,
-        "radii": [round(r, 6) if r < float("inf") else None for r in radii],
+        **outcome,
         "seconds": seconds,
         "kv_bytes": {"all": bytes_all, "kept": bytes_kept},
         "speedup": {
@@ -167,6 +177,8 @@ def report(record):
     """The table that `pruneops demo` prints."""
     tokens, seconds, speedup, kv = (record[key] for key in ("tokens", "seconds", "speedup", "kv_bytes"))
     per_tile, row = tokens["per_tile"], round(tokens["per_tile"] ** 0.5)
+    way = METHODS[record["method"]]
+    start, words = way.start(record, row)
     photograph = record["image"]["path"] or "astronaut, from scikit-image"
     share = f"{record['selection_share']:.1%} of selection + prefill"
     notes = {
@@ -178,10 +190,9 @@ def report(record):
     lines = [
         f"photograph      {photograph} ({record['image']['width']} x {record['image']['height']})",
         f"visual tokens   {tokens['visual']} = thumbnail {per_tile} + 4 crops x {per_tile}",
-        f"kept            {tokens['kept']} ({tokens['kept'] / tokens['visual']:.1%}) by greedy k-center, "
+        f"kept            {tokens['kept']} ({tokens['kept'] / tokens['visual']:.1%}) by {way.summary}, "
         f"{record['metric']}, backend {record['backend']}",
-        f"pivot           thumbnail row {record['pivot'] // row}, column {record['pivot'] % row}: "
-        "greatest [CLS] attention",
+        f"{start:<16}{words}",
         f"model           {record['model']['tower']}; {record['model']['decoder']}; {record['model']['dtype']}",
         f"weights         {record['weights']}: the times are real, the tower is untrained",
         f"device          {record['device']}, torch {record['torch']}",
@@ -225,6 +236,13 @@ def _require(modules):
             importlib.import_module(name)
         except ImportError as error:
             raise DemoError(f'the demo needs {name} ({error}): pip install "pruneops[demo]"') from None
+
+
+def _check_method(method, metric):
+    if method not in METHODS:
+        raise DemoError(f"--method {method}: must be one of {', '.join(METHODS)}")
+    if metric not in METHODS[method].metrics:
+        raise DemoError(f"--metric {metric}: method {method} knows {', '.join(METHODS[method].metrics)} only")
 
 
 def _device(name):

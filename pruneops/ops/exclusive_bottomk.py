@@ -105,14 +105,15 @@ def _expect_quotas_type(op, quotas):
         expect_type(op, **{f"quotas[{p}]": (quota, INT)})
 
 
-def _check_quotas(op, quotas, rows, whose, tokens, free):
-    """`free` = (a bool tensor, whether True in it means free), or None."""
+def _check_quotas(op, quotas, rows, tokens, free):
+    """`rows` and `tokens`: (what has them, how many); `free`: (a bool tensor, whether True means free) or None."""
+    (whose, rows), (of, tokens) = rows, tokens
     expect(rows <= MOST_ROWS, op, whose, f"{rows} rows", f"at most {MOST_ROWS} rows")
     expect(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {whose}")
     for p, quota in enumerate(quotas):
         expect(quota >= 0, op, f"quotas[{p}]", quota, "at least 0")
     total = sum(quotas)
-    expect(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {whose}")
+    expect(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {of}")
     if free is not None and is_concrete(free[0]) and free[0].numel():
         count = free[0].sum(-1)
         fewest = int(count.min()) if free[1] else tokens - int(count.max())
@@ -125,7 +126,8 @@ def _check_bottomk(scores, quotas, *, taken=None):
     tokens = scores.shape[-1]
     if taken is not None:
         expect_companion(op, "taken", taken, ("scores", scores), (torch.bool,), (*scores.shape[:-2], tokens))
-    _check_quotas(op, quotas, scores.shape[-2], "scores", tokens, None if taken is None else (taken, False))
+    rows, free = scores.shape[-2], None if taken is None else (taken, False)
+    _check_quotas(op, quotas, ("scores", rows), ("scores", tokens), free)
 
 
 def _check_pivot_bottomk(x, pivots, quotas, *, mask=None):
@@ -135,7 +137,8 @@ def _check_pivot_bottomk(x, pivots, quotas, *, mask=None):
     expect_companion(op, "pivots", pivots, ("x", x), (torch.int64,), (*batch, None))
     if mask is not None:
         expect_companion(op, "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
-    _check_quotas(op, quotas, pivots.shape[-1], "pivots", tokens, None if mask is None else (mask, True))
+    free = None if mask is None else (mask, True)
+    _check_quotas(op, quotas, ("pivots", pivots.shape[-1]), ("x", tokens), free)
     if is_concrete(pivots):
         expect_indices(op, "pivots", pivots, 0, tokens)
 

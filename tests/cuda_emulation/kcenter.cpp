@@ -1,26 +1,11 @@
-// Runs the kernels of csrc/cuda/kcenter.cuh on emulated threads, with scratch memory full of NaN.
+// Runs the kernels of csrc/cuda/kcenter.cuh on emulated threads.
 
 #include "runtime.h"
 
 #include "cuda/kcenter.cuh"
 
 using namespace pruneops;
-
-namespace {
-
-struct Scratch : std::vector<float> {  // with guards that must stay as they are
-  static constexpr size_t kGuard = 64;
-  explicit Scratch(size_t n) : std::vector<float>(n + 2 * kGuard, NAN) {
-    for (float& v : *this) v = NAN;
-  }
-  float* begin_of() { return data() + kGuard; }
-  ~Scratch() {
-    for (size_t i = 0; i < kGuard; ++i)
-      if (!std::isnan((*this)[i]) || !std::isnan((*this)[size() - 1 - i])) emulation::fail("wrote outside its memory");
-  }
-};
-
-}  // namespace
+using emulation::Scratch;
 
 struct Call {
   const void* x;
@@ -46,29 +31,27 @@ void run(const Call& c) {
   const Companions given{c.seeds, {c.seeds_stride[0], c.seeds_stride[1]}, c.seeds_count,
                          c.mask,  {c.mask_stride[0], c.mask_stride[1]}};
   const Output out{c.indices, c.radii, bool(c.cosine)};
-  const auto launch = [&](int blocks, int threads, size_t shared, auto kernel, const auto&... arguments) {
+  const auto launch = [&](int blocks, int threads, size_t shared, auto kernel, auto&&... arguments) {
     emulation::run(blocks, threads, shared, c.backwards, [&] { kernel(arguments...); });
   };
   const size_t all = (c.cu_seqlens ? 1 : c.batch) * c.tokens;
-  Scratch norms(all);
+  Scratch norms(4 * all);
   if (!c.lazy) {
     const int n = c.tokens, pitch = (n + 3) / 4 * 4, side = (n + kTile - 1) / kTile;
-    Scratch gram(all * pitch);
-    launch(2, kThreads, 0, kcenter_norms<T>, x, c.batch, n, norms.begin_of(), gram.begin_of(), pitch, out.cosine);
+    Scratch gram(4 * all * pitch);
+    launch(2, kThreads, 0, kcenter_norms<T>, x, c.batch, n, norms, gram, pitch, out.cosine);
     launch(c.batch * side * (side + 1) / 2, kThreads, kPipelineBytes,
-           x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, n, norms.begin_of(),
-           gram.begin_of(), pitch, out.cosine);
-    launch(c.batch, (n + 127) / 128 * 32, kGreedyBytes, kcenter_greedy, gram.begin_of(), pitch,
-           norms.begin_of(), n, c.k, given, out);
+           x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, n, norms, gram, pitch, out.cosine);
+    launch(c.batch, (n + 127) / 128 * 32, kGreedyBytes, kcenter_greedy, gram, pitch, norms, n, c.k, given, out);
     return;
   }
-  Scratch nearest(all), products(size_t(c.teams) * c.candidates * c.candidates);
+  Scratch nearest(4 * all), products(size_t(4) * c.teams * c.candidates * c.candidates);
   std::vector<unsigned> arrivals(c.teams * kTeamPitch, 0);
   Lazy<T> p{x, given, out, c.cu_seqlens, c.tokens, c.batch, c.k};
   if (c.cu_seqlens) std::copy(c.offsets, c.offsets + c.batch + 1, p.offsets);
-  p.nearest = nearest.begin_of();
-  p.norms = norms.begin_of();
-  p.products = products.begin_of();
+  p.nearest = nearest;
+  p.norms = norms;
+  p.products = products;
   p.arrivals = arrivals.data();
   p.teams = c.teams;
   p.blocks = c.blocks;

@@ -45,6 +45,7 @@ struct Warp {
 struct Block {
   std::vector<unsigned char> shared;
   Meeting meeting;
+  Meeting* cluster;  // of the threads of all its blocks; null if it is one block
   std::vector<Warp> warps;
 };
 struct Copy {
@@ -57,6 +58,7 @@ struct Fiber {
   Block* block;
   const unsigned* word = nullptr;  // waits for *word to differ from `seen`
   unsigned seen;
+  unsigned cluster_generation;
   bool started = false, done = false;
   ucontext_t context;
   jmp_buf state;
@@ -81,16 +83,19 @@ inline void wait_for_change(const unsigned* word, unsigned seen) {
   current->word = nullptr;
 }
 
-inline unsigned meet(Meeting& m, unsigned value = 0) {
+// Returns the generation in which it arrives.
+inline unsigned arrive(Meeting& m, unsigned value = 0) {
   const unsigned generation = m.generation;
   m.sum += value;
   if (++m.arrived == m.size) {
     m.last_sum = m.sum;
     m.arrived = m.sum = 0;
     ++m.generation;
-  } else {
-    wait_for_change(&m.generation, generation);
   }
+  return generation;
+}
+inline unsigned meet(Meeting& m, unsigned value = 0) {
+  wait_for_change(&m.generation, arrive(m, value));
   return m.last_sum;
 }
 
@@ -133,15 +138,18 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
 }
 
 // Launches a kernel; `backwards` lets the last thread of the last block go first.
-inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool backwards, std::function<void()> kernel) {
+inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool backwards, std::function<void()> kernel,
+                unsigned cluster = 1) {
   body = std::move(kernel);
   block_size.x = threads;
   grid_size.x = blocks;
   std::vector<Block> all(blocks);
+  std::vector<Meeting> clusters(blocks / cluster, Meeting{threads * cluster});
   std::vector<Fiber> fibers(blocks * threads);
   for (unsigned b = 0; b < blocks; ++b) {
     all[b].shared.assign(shared_bytes + kGuardBytes, 0xff);
     all[b].meeting.size = threads;
+    all[b].cluster = cluster > 1 ? &clusters[b / cluster] : nullptr;
     all[b].warps.resize(threads / 32);
     for (auto& warp : all[b].warps) warp.meeting.size = 32;
     for (unsigned t = 0; t < threads; ++t) {
@@ -175,6 +183,23 @@ inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool bac
       if (block.shared[i] != 0xff) fail("wrote past the end of shared memory");
 }
 
+// Memory that holds NaN, or as integers large numbers, between guards that must stay as they are.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory(bytes / 2 + 2 * kGuard, kPoison) {}
+  ~Scratch() {
+    for (size_t i = 0; i < kGuard; ++i)
+      if (memory[i] != kPoison || memory[memory.size() - 1 - i] != kPoison) fail("wrote outside its memory");
+  }
+  template <class V>
+  operator V*() { return reinterpret_cast<V*>(memory.data() + kGuard); }
+
+ private:
+  static constexpr size_t kGuard = 128;
+  static constexpr uint16_t kPoison = 0x7fc0;
+  std::vector<uint16_t> memory;
+};
+
 }  // namespace emulation
 
 #define threadIdx (emulation::current->thread)
@@ -187,8 +212,13 @@ using std::min;
 
 inline void __syncthreads() { emulation::meet(emulation::current->block->meeting); }
 inline int __syncthreads_count(bool v) { return emulation::meet(emulation::current->block->meeting, v); }
+inline void __syncwarp() { emulation::exchange(0, 0); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
+inline void atomicOr(unsigned* p, unsigned v) { *p |= v; }
+inline void atomicMin(unsigned* p, unsigned v) { *p = std::min(*p, v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(v); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __clz(unsigned v) { return v ? __builtin_clz(v) : 32; }
 template <class To, class From>
 To bits_as(From v) {
   To to;
@@ -205,6 +235,11 @@ V __shfl_sync(unsigned, V v, int lane) {
 template <class V>
 V __shfl_xor_sync(unsigned, V v, int mask) {
   return emulation::lane_value<V>(emulation::exchange(2, v), threadIdx.x % 32 ^ mask);
+}
+template <class V>
+V __shfl_up_sync(unsigned, V v, int step) {
+  const int lane = threadIdx.x % 32;
+  return emulation::lane_value<V>(emulation::exchange(7, v), lane < step ? lane : lane - step);
 }
 inline unsigned __ballot_sync(unsigned, bool v) {
   const auto slots = emulation::exchange(3, v);
@@ -275,6 +310,23 @@ inline unsigned warp_min(unsigned v) {
   const auto slots = emulation::exchange(6, v);
   for (int lane = 0; lane < 32; ++lane) v = std::min(v, emulation::lane_value<unsigned>(slots, lane));
   return v;
+}
+
+inline unsigned warp_sum(unsigned v) {
+  const auto slots = emulation::exchange(8, v);
+  v = 0;
+  for (int lane = 0; lane < 32; ++lane) v += emulation::lane_value<unsigned>(slots, lane);
+  return v;
+}
+
+// A cluster of one block does not meet, as before compute capability 9.0.
+inline void cluster_arrive() {
+  auto& fiber = *emulation::current;
+  if (fiber.block->cluster) fiber.cluster_generation = emulation::arrive(*fiber.block->cluster);
+}
+inline void cluster_wait() {
+  auto& fiber = *emulation::current;
+  if (fiber.block->cluster) emulation::wait_for_change(&fiber.block->cluster->generation, fiber.cluster_generation);
 }
 
 inline void arrive_release(unsigned* counter) { ++*counter; }

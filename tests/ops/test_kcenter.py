@@ -1,22 +1,34 @@
 """Greedy k-center on every backend: the contract of `pruneops.kcenter`, line by line."""
 
 import dataclasses
-import threading
+import functools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._subclasses import FakeTensorMode
 
 import pruneops
-from tests import contract, strategies
-from tests.contract import EPS, REFERENCE, Target, assert_same_bits, call, every_backend, on
+from tests import contract, cuda_checks, strategies
+from tests.contract import (
+    CUDA_KERNELS,
+    EPS,
+    NATIVE,
+    REFERENCE,
+    TRITON_TARGETS,
+    Target,
+    assert_same_bits,
+    call,
+    clustered,
+    every_backend,
+    on,
+    seeds_and_mask,
+    size,
+)
+from tests.refusals import DTYPE_NAMES, Bad, assert_type_refused, bools, ints, refused
 from tests.strategies import DTYPES, laid_out
 
 METRICS = ("cosine", "euclidean")
-NATIVE = Target("cpu", "cpu")
-CUDA_KERNELS = on(Target("triton", "cuda"), Target("cuda", "cuda"))
 
 
 @dataclasses.dataclass
@@ -113,20 +125,19 @@ def assert_answer(case, result, tolerance=0.0):
         assert_row(x, row, metric=case.metric, seeds=seeds, mask=mask, tolerance=tolerance)
 
 
+@st.composite
 def exact_tokens(draw, shape, generator):
-    """(x, metric): tokens whose similarities are exact in float32, many of them equal, some of them special."""
-    metric, dtype = draw(st.sampled_from(METRICS)), draw(strategies.dtypes)
-    x = (contract.signs if metric == "cosine" else contract.small_integers)(shape, generator)
-    x = contract.with_copies(x, generator).to(dtype)
-    special = draw(st.lists(st.sampled_from(list(strategies.SPECIAL)), max_size=3))
-    return strategies.with_special_tokens(x, generator, special), metric
+    """(x, metric): tokens whose similarities are exact in float32."""
+    metric = draw(st.sampled_from(METRICS))
+    values = contract.signs if metric == "cosine" else contract.small_integers
+    return draw(strategies.exact_tokens(shape, generator, values)), metric
 
 
 @st.composite
 def exact_cases(draw):
     generator = draw(strategies.generators)
     shape = draw(strategies.shapes())
-    x, metric = exact_tokens(draw, shape, generator)
+    x, metric = draw(exact_tokens(shape, generator))
     x = draw(laid_out(x))
     seeds, mask, allowed = None, None, torch.zeros(shape[:-1], dtype=torch.bool)
     if draw(st.booleans()):
@@ -145,37 +156,14 @@ def exact_packings(draw):
     """(x, cu_seqlens, ks, seeds, metric)"""
     generator = draw(strategies.generators)
     lengths, ks = draw(strategies.packings())
-    x, metric = exact_tokens(draw, (sum(lengths), draw(st.integers(1, 70))), generator)
-    bounds = (
-        torch.tensor([0, *lengths], dtype=draw(st.sampled_from([torch.int32, torch.int64]))).cumsum(0).to(torch.int32)
-    )
+    x, metric = draw(exact_tokens((sum(lengths), draw(st.integers(1, 70))), generator))
+    bounds = draw(strategies.bounds(lengths))
     seeds = None
     if draw(st.booleans()):
         count = draw(st.integers(0, min(3, min(ks, default=0))))
         rows = [start + torch.randperm(n, generator=generator)[:count] for start, n in zip(bounds.tolist(), lengths)]
         seeds = draw(laid_out(torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.int64), expand=False))
     return draw(laid_out(x)), bounds, ks, seeds, metric
-
-
-def clustered(shape, seed=0, clusters=7, spread=0.3, dtype=torch.float32):
-    """Real-valued tokens in tight clusters, lengths over two orders of magnitude."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(*shape[:-2], clusters, shape[-1], generator=generator)
-    which = torch.randint(0, clusters, (shape[-2],), generator=generator)
-    x = centers[..., which, :] + spread * torch.randn(shape, generator=generator)
-    return (x * torch.exp(1.5 * torch.randn(*shape[:-1], 1, generator=generator))).to(dtype)
-
-
-def seeds_and_mask(shape, count=3, share=0.7, seed=0):
-    """seeds [..., count] and a mask [..., N] that forbids some of them."""
-    generator = torch.Generator().manual_seed(seed)
-    seeds = torch.rand(shape, generator=generator).argsort(-1)[..., :count]
-    return seeds, torch.rand(shape, generator=generator) < share
-
-
-def size(target, full, interpreted):
-    """A test's sizes: smaller ones under Triton's interpreter."""
-    return interpreted if target.interpreted else full
 
 
 # Answers
@@ -230,8 +218,7 @@ def test_real_values(target, dtype, metric):
         error, allowed = (similarity_error(x[b], r.indices[b], r.radii[b], metric) for r in (result, reference))
         contract.assert_no_worse(error, allowed, scale_of(x[b], metric))
     for again in (case.run(target), case.run(target)):
-        assert_same_bits(again.indices, result.indices)
-        assert_same_bits(again.radii, result.radii)
+        assert_same_bits(again, result)
 
 
 @every_backend
@@ -280,7 +267,7 @@ def test_huge_and_tiny_magnitudes(target, power):
         )
 
 
-@on(Target("triton", "cpu"), Target("triton", "cuda"))
+@on(*TRITON_TARGETS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_triton_rounds(target, metric, monkeypatch):
     """The form for large N on small N, with tiles and candidates so few that there are many of each."""
@@ -316,9 +303,7 @@ def test_prefix(target, metric):
         case = Case(x, size(target, 200, 40), metric, **chosen)
         whole = case.run(target)
         for k in (3, 4, case.k // 2, case.k - 1):
-            part = case.run(target, k=k)
-            assert_same_bits(part.indices, whole.indices[:, :k])
-            assert_same_bits(part.radii, whole.radii[:, :k])
+            assert_same_bits(case.run(target, k=k), [result[:, :k] for result in whole])
 
 
 @every_backend
@@ -330,8 +315,7 @@ def test_rows_of_a_batch_do_not_meet(target):
     for neighbour in (torch.nan, torch.inf, 0.0, 1e4):
         crowded = torch.full_like(x, neighbour)
         crowded[1] = x[1]
-        for one, other in zip(case.run(target, x=crowded), alone):
-            assert_same_bits(one[1], other[1])
+        assert_same_bits([result[1] for result in case.run(target, x=crowded)], [result[1] for result in alone])
 
 
 @every_backend
@@ -340,8 +324,7 @@ def test_without_batch_dimension(target):
     seeds, mask = seeds_and_mask(x.shape[:-1])
     single = Case(x, 20, "euclidean", seeds, mask).run(target)
     batched = Case(x[None], 20, "euclidean", seeds[None], mask[None]).run(target)
-    for one, other in zip(single, batched):
-        assert_same_bits(one, other[0])
+    assert_same_bits(single, [result[0] for result in batched])
 
 
 @on(NATIVE)
@@ -349,18 +332,21 @@ def test_threads_change_no_bit(target):
     """Rows, packed sequences, and the tokens of one row shared out among 1, 2, 3 and 7 threads."""
     x = clustered((3, 900, 130))
     bounds, ks = torch.tensor([0, 100, 100, 2000, 2700]), [30, 0, 300, 9]
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            single, several = Case(x[0], 150).run(target), Case(x, 150, "euclidean").run(target)
-            results.append((*single, *several, *call(target, "kcenter_varlen", x.flatten(0, 1), bounds, ks)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for one, same in zip(results[0], other):
-            assert_same_bits(one, same)
+
+    def run():
+        single, several = Case(x[0], 150).run(target), Case(x, 150, "euclidean").run(target)
+        return *single, *several, *call(target, "kcenter_varlen", x.flatten(0, 1), bounds, ks)
+
+    contract.assert_threads_change_no_bit(run)
+
+
+@on(REFERENCE, NATIVE)
+def test_threads_of_a_program(target):
+    """Calls from several threads at once give the answers of calls in turn."""
+    cases = [Case(clustered((40, 20), seed), 20) for seed in range(4)]
+    results = contract.all_at_once(target, [functools.partial(pruneops.kcenter, case.x, case.k) for case in cases])
+    for case, result in zip(cases, results):
+        assert_answer(case, result, rounding(case.x, case.metric))
 
 
 # Edges
@@ -416,17 +402,14 @@ def test_no_gradient(target):
 
 @on(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
-    """Four tokens of two rows, 2^30 elements apart in a sparse file."""
-    gap, shape = 2**30 + 8, (2, 4, 16)
-    path = tmp_path / "sparse"
-    room = torch.from_file(str(path), shared=True, size=3 * gap + 32, dtype=torch.float16)
-    x = room.as_strided(shape, (16, gap, 1)).copy_(contract.signs(shape, torch.Generator().manual_seed(0)))
-    path.unlink()
-    case = Case(x, 4)
+    """Two rows whose tokens interleave, far apart in a sparse file."""
+    near = contract.signs((2, 4, 16), torch.Generator().manual_seed(0))
+    x = contract.far_apart(tmp_path, near, 1)
+    case = Case(near, 4)
     with pruneops.backend(target.backend):  # `call` would copy the file
         assert_answer(case, pruneops.kcenter(x, 4))
         packed = pruneops.kcenter_varlen(x[1], torch.tensor([0, 4]), [4])
-    assert torch.equal(packed.indices, case.run(REFERENCE, x=x.contiguous()).indices[1])
+    assert torch.equal(packed.indices, case.run(REFERENCE).indices[1])
 
 
 @on(NATIVE)
@@ -458,13 +441,13 @@ def samples():
     """(operator, arguments, keyword arguments)"""
     x = torch.randn(2, 9, 5)
     seeds, mask = seeds_and_mask((2, 9), share=1.0)
-    ops, bounds = torch.ops.pruneops, torch.tensor([0, 4, 9])
+    bounds = torch.tensor([0, 4, 9])
     return [
-        (ops.kcenter.default, (x, 4), {}),
-        (ops.kcenter.default, (x.mT.contiguous().mT, 4), {"seeds": seeds, "mask": mask, "metric": "euclidean"}),
-        (ops.kcenter.default, (x[0].half(), 4), {"mask": mask[0]}),
-        (ops.kcenter_varlen.default, (x[0], bounds, [2, 3]), {}),
-        (ops.kcenter_varlen.default, (x[0], bounds.int(), [2, 3]), {"seeds": bounds[:2, None], "metric": "euclidean"}),
+        ("kcenter", (x, 4), {}),
+        ("kcenter", (x.mT.contiguous().mT, 4), {"seeds": seeds, "mask": mask, "metric": "euclidean"}),
+        ("kcenter", (x[0].half(), 4), {"mask": mask[0]}),
+        ("kcenter_varlen", (x[0], bounds, [2, 3]), {}),
+        ("kcenter_varlen", (x[0], bounds.int(), [2, 3]), {"seeds": bounds[:2, None], "metric": "euclidean"}),
     ]
 
 
@@ -472,10 +455,7 @@ def samples():
 @pytest.mark.parametrize("sample", range(5))
 def test_opcheck(target, sample):
     op, args, kwargs = samples()[sample]
-    args = [contract.to_device(a, target.device) if isinstance(a, torch.Tensor) else a for a in args]
-    kwargs = {n: contract.to_device(a, target.device) if isinstance(a, torch.Tensor) else a for n, a in kwargs.items()}
-    with pruneops.backend(target.backend):
-        torch.library.opcheck(op, args, kwargs)
+    contract.opcheck(target, op, *args, **kwargs)
 
 
 def pruned(x, seeds, k):
@@ -489,28 +469,14 @@ def pruned(x, seeds, k):
 
 @every_backend
 def test_compile_without_graph_break(target):
-    torch._dynamo.reset()
-    compiled = torch.compile(pruned, backend="aot_eager", fullgraph=True, dynamic=True)
-    for tokens, width, k in ((12, 8, 3), (20, 5, 7), (31, 16, 4)):
-        x, seeds = torch.randn(2, tokens, width, device=target.device), torch.tensor([[1], [2]], device=target.device)
-        with pruneops.backend(target.backend):
-            for one, other in zip(compiled(x, seeds, k), pruned(x, seeds, k)):
-                torch.testing.assert_close(one, other)
+    sizes = (12, 8, 3), (20, 5, 7), (31, 16, 4)
+    seeds = torch.tensor([[1], [2]])
+    contract.assert_compiles(target, pruned, [(torch.randn(2, N, D), seeds, k) for N, D, k in sizes])
 
 
 def test_compile_with_inductor():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    code = f"""
-import torch
-from tests.ops.test_kcenter import pruned
-compiled = torch.compile(pruned, fullgraph=True, dynamic=True)
-for tokens, width, k in ((12, 8, 3), (20, 5, 7)):
-    x, seeds = torch.randn(2, tokens, width, device="{device}"), torch.tensor([[1], [2]], device="{device}")
-    for one, other in zip(compiled(x, seeds, k), pruned(x, seeds, k)):
-        torch.testing.assert_close(one, other)
-print("same")
-"""
-    assert contract.run_python(code).strip() == "same"
+    calls = "[(torch.randn(2, N, D), torch.tensor([[1], [2]]), k) for N, D, k in ((12, 8, 3), (20, 5, 7))]"
+    contract.assert_compiles_with_inductor(__name__, "pruned", calls)
 
 
 # Errors
@@ -519,60 +485,32 @@ X = torch.randn(2, 6, 4)
 GOOD = {"kcenter": {"x": X, "k": 3}, "kcenter_varlen": {"x": X[0], "cu_seqlens": torch.tensor([0, 2, 6]), "ks": [1, 2]}}
 
 
-class Bad:
-    """A call that must be refused, and the words of the refusal."""
+kcenter = functools.partial(Bad, "kcenter", GOOD["kcenter"])
+packed = functools.partial(Bad, "kcenter_varlen", GOOD["kcenter_varlen"])
 
-    def __init__(self, error, argument, was, expected, op="kcenter", values=False, **changes):
-        self.error, self.argument, self.was, self.expected, self.op = error, argument, was, expected, op
-        self.values = values  # the fault lies in values, which fake tensors do not have
-        self.arguments = {**GOOD[op], **changes}
-        self.id = f"{op}-{argument}-{was}"
-
-    def positional(self):
-        arguments = dict(self.arguments)
-        return [arguments.pop(name) for name in GOOD[self.op]], arguments
-
-    @property
-    def message(self):
-        return f"pruneops.{self.op}: {self.argument} must be {self.expected}, got {self.was}"
-
-
-def packed(error, argument, was, expected, **changes):
-    return Bad(error, argument, was, expected, op="kcenter_varlen", **changes)
-
-
-def ints(*values, **options):
-    return torch.tensor(values, **options)
-
-
-def bools(*shape, **options):
-    return torch.ones(shape, dtype=torch.bool, **options)
-
-
-DTYPE_NAMES = "one of float32, float16, bfloat16"
 HERE = "on the device of x, cpu"
 TWO_OPEN = torch.arange(6).lt(2)
 FEWER = "at most the 2 tokens that mask and seeds allow"
 BAD = [
-    Bad(ValueError, "x", "of shape [4]", "of rank 2 or 3", x=X[0, 0]),
-    Bad(ValueError, "x", "of shape [1, 2, 6, 4]", "of rank 2 or 3", x=X[None]),
-    Bad(ValueError, "x", "of shape [2, 6, 0]", "at least one feature wide", x=X[..., :0]),
-    Bad(TypeError, "x", "torch.int64", DTYPE_NAMES, x=X.long()),
-    Bad(TypeError, "x", "torch.float64", DTYPE_NAMES, x=X.double()),
-    Bad(ValueError, "metric", "'manhattan'", "one of ('cosine', 'euclidean')", metric="manhattan"),
-    Bad(ValueError, "k", "0", "at least 1", k=0),
-    Bad(ValueError, "k", "-1", "at least 1", k=-1),
-    Bad(ValueError, "k", "7", "at most the 6 tokens of x", k=7),
-    Bad(ValueError, "k", "1", "at most the 0 tokens of x", k=1, x=X[:, :0]),
-    Bad(TypeError, "seeds", "torch.int32", "int64", seeds=ints([0], [0], dtype=torch.int32)),
-    Bad(ValueError, "seeds", "of shape [1]", "of shape [2, P]", seeds=ints(1)),
-    Bad(ValueError, "seeds", "of shape [3, 1]", "of shape [2, P]", seeds=ints([0], [0], [0])),
-    Bad(ValueError, "seeds", "of shape [1, 2]", "of shape [P]", x=X[0], seeds=ints([1, 2])),
-    Bad(ValueError, "seeds", "4 a row", "at most k = 3 a row", seeds=torch.arange(4).expand(2, 4)),
-    Bad(ValueError, "seeds", "on meta", HERE, seeds=ints([0], [0], device="meta")),
-    Bad(ValueError, "seeds", "6 at one place", "in [0, 6)", seeds=ints([0, 1], [0, 6]), values=True),
-    Bad(ValueError, "seeds", "-1 at one place", "in [0, 6)", seeds=ints([0, 1], [-1, 6]), values=True),
-    Bad(
+    kcenter(ValueError, "x", "of shape [4]", "of rank 2 or 3", x=X[0, 0]),
+    kcenter(ValueError, "x", "of shape [1, 2, 6, 4]", "of rank 2 or 3", x=X[None]),
+    kcenter(ValueError, "x", "of shape [2, 6, 0]", "at least one feature wide", x=X[..., :0]),
+    kcenter(TypeError, "x", "torch.int64", DTYPE_NAMES, x=X.long()),
+    kcenter(TypeError, "x", "torch.float64", DTYPE_NAMES, x=X.double()),
+    kcenter(ValueError, "metric", "'manhattan'", "one of ('cosine', 'euclidean')", metric="manhattan"),
+    kcenter(ValueError, "k", "0", "at least 1", k=0),
+    kcenter(ValueError, "k", "-1", "at least 1", k=-1),
+    kcenter(ValueError, "k", "7", "at most the 6 tokens of x", k=7),
+    kcenter(ValueError, "k", "1", "at most the 0 tokens of x", k=1, x=X[:, :0]),
+    kcenter(TypeError, "seeds", "torch.int32", "int64", seeds=ints([0], [0], dtype=torch.int32)),
+    kcenter(ValueError, "seeds", "of shape [1]", "of shape [2, P]", seeds=ints(1)),
+    kcenter(ValueError, "seeds", "of shape [3, 1]", "of shape [2, P]", seeds=ints([0], [0], [0])),
+    kcenter(ValueError, "seeds", "of shape [1, 2]", "of shape [P]", x=X[0], seeds=ints([1, 2])),
+    kcenter(ValueError, "seeds", "4 a row", "at most k = 3 a row", seeds=torch.arange(4).expand(2, 4)),
+    kcenter(ValueError, "seeds", "on meta", HERE, seeds=ints([0], [0], device="meta")),
+    kcenter(ValueError, "seeds", "6 at one place", "in [0, 6)", seeds=ints([0, 1], [0, 6]), values=True),
+    kcenter(ValueError, "seeds", "-1 at one place", "in [0, 6)", seeds=ints([0, 1], [-1, 6]), values=True),
+    kcenter(
         ValueError,
         "seeds",
         "the same token twice",
@@ -580,12 +518,12 @@ BAD = [
         seeds=ints([0, 1], [5, 5]),
         values=True,
     ),
-    Bad(TypeError, "mask", "torch.uint8", "bool", mask=bools(2, 6).byte()),
-    Bad(ValueError, "mask", "of shape [2, 5]", "of shape [2, 6]", mask=bools(2, 5)),
-    Bad(ValueError, "mask", "of shape [6]", "of shape [2, 6]", mask=bools(6)),
-    Bad(ValueError, "mask", "on meta", HERE, mask=bools(2, 6, device="meta")),
-    Bad(ValueError, "k", "3", FEWER, mask=TWO_OPEN.expand(2, 6), values=True),
-    Bad(ValueError, "k", "3", FEWER, x=X[0], mask=TWO_OPEN, seeds=ints(1), values=True),
+    kcenter(TypeError, "mask", "torch.uint8", "bool", mask=bools(2, 6).byte()),
+    kcenter(ValueError, "mask", "of shape [2, 5]", "of shape [2, 6]", mask=bools(2, 5)),
+    kcenter(ValueError, "mask", "of shape [6]", "of shape [2, 6]", mask=bools(6)),
+    kcenter(ValueError, "mask", "on meta", HERE, mask=bools(2, 6, device="meta")),
+    kcenter(ValueError, "k", "3", FEWER, mask=TWO_OPEN.expand(2, 6), values=True),
+    kcenter(ValueError, "k", "3", FEWER, x=X[0], mask=TWO_OPEN, seeds=ints(1), values=True),
     packed(ValueError, "x", "of shape [2, 6, 4]", "of rank 2", x=X),
     packed(TypeError, "cu_seqlens", "torch.float32", "int32 or int64", cu_seqlens=ints(0.0, 2.0, 6.0)),
     packed(ValueError, "cu_seqlens", "of shape [2]", "of shape [3]", cu_seqlens=ints(0, 6)),
@@ -604,47 +542,19 @@ BAD = [
 ]
 
 
-def refused(calls):
-    return pytest.mark.parametrize("bad", calls, ids=[bad.id for bad in calls])
-
-
 @refused(BAD)
 def test_errors(bad):
-    """ValueError or TypeError from pruneops, RuntimeError from torch.ops, in the same words.
-
-    Before any backend is asked: the one forced here would refuse CPU tensors.
-    """
-    args, kwargs = bad.positional()
-    with pruneops.backend("cuda"):
-        with pytest.raises(bad.error) as python:
-            getattr(pruneops, bad.op)(*args, **kwargs)
-        with pytest.raises(RuntimeError) as torch_ops:
-            getattr(torch.ops.pruneops, bad.op)(*args, **kwargs)
-    assert str(python.value) == bad.message
-    assert str(torch_ops.value).startswith(bad.message)
+    bad.assert_refused()
 
 
 @refused([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    """The same words when shapes are all there is: fake tensors, and so torch.compile and torch.export."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        args, kwargs = bad.positional()
-        fake = lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a  # noqa: E731
-        args, kwargs = [fake(a) for a in args], {name: fake(a) for name, a in kwargs.items()}
-        for door in (pruneops, torch.ops.pruneops):
-            with pytest.raises(RuntimeError) as error:
-                getattr(door, bad.op)(*args, **kwargs)
-            assert bad.message in str(error.value)
+    bad.assert_refused_without_values()
 
 
 @refused([bad for bad in BAD if bad.argument in ("k", "ks[1]") and not bad.values])
 def test_errors_under_compile(bad):
-    torch._dynamo.reset()
-    args, kwargs = bad.positional()
-    compiled = torch.compile(getattr(pruneops, bad.op), backend="eager", fullgraph=True)
-    with pytest.raises(Exception) as error:
-        compiled(*args, **kwargs)
-    assert bad.message in str(error.value)
+    bad.assert_refused_under_compile()
 
 
 @pytest.mark.parametrize(
@@ -662,13 +572,7 @@ def test_errors_under_compile(bad):
     ],
 )
 def test_errors_of_type(op, changes, words):
-    """What torch's schema would refuse in its own words."""
-    arguments = {**GOOD[op], **changes}
-    with pytest.raises(TypeError) as error:
-        getattr(pruneops, op)(**arguments)
-    assert str(error.value) == f"pruneops.{op}: {words}"
-    with pytest.raises((RuntimeError, TypeError)):
-        getattr(torch.ops.pruneops, op)(**arguments)
+    assert_type_refused(op, {**GOOD[op], **changes}, words)
 
 
 @pytest.mark.gpu
@@ -705,67 +609,9 @@ def cuda_inputs(seed, shape=(2, 600, 128)):
 
 
 @CUDA_KERNELS
-def test_cuda_graph(target):
-    """Captured once, replayed on other values, seeds, masks and sequence bounds."""
-    held = cuda_inputs(0)
-    with pruneops.backend(target.backend):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            both_forms(*held)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both_forms(*held)
-        for seed in (1, 2):
-            inputs = cuda_inputs(seed)
-            for tensor, value in zip(held, inputs):
-                tensor.copy_(value)
-            graph.replay()
-            for one, other in zip(captured, both_forms(*inputs)):
-                assert_same_bits(one.cpu(), other.cpu())
-
-
-@CUDA_KERNELS
-def test_cuda_does_not_synchronise(target):
-    inputs = cuda_inputs(0)
-    with pruneops.backend(target.backend):
-        both_forms(*inputs)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            both_forms(*inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@CUDA_KERNELS
-def test_cuda_stream(target):
-    """Work is queued on the current stream: it sees what that stream wrote, however late."""
-    held, inputs = cuda_inputs(0), cuda_inputs(1)
-    with pruneops.backend(target.backend):
-        expected = both_forms(*inputs)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)
-            for tensor, value in zip(held, inputs):
-                tensor.copy_(value)
-            late = both_forms(*held)
-        stream.synchronize()
-    for one, other in zip(late, expected):
-        assert_same_bits(one.cpu(), other.cpu())
-
-
-@CUDA_KERNELS
-def test_cuda_other_device(target):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU only")
-    inputs = cuda_inputs(0)
-    with pruneops.backend(target.backend):
-        here, there = both_forms(*inputs), both_forms(*(tensor.to("cuda:1") for tensor in inputs))
-    for one, other in zip(here, there):
-        assert other.device == torch.device("cuda:1")
-        assert_same_bits(one.cpu(), other.cpu())
+@cuda_checks.every_check
+def test_cuda(target, check):
+    check(target, both_forms, cuda_inputs)
 
 
 @CUDA_KERNELS
@@ -780,39 +626,16 @@ def test_cuda_offsets_past_two_to_the_31(target, tokens):
     with pruneops.backend(target.backend):
         result = pruneops.kcenter(spread, 40)
         packed = pruneops.kcenter_varlen(spread[1], torch.tensor([0, tokens], device="cuda"), [40])
-    assert_answer(case, type(result)(*(t.cpu() for t in result)))
+    assert_answer(case, contract.moved(result, "cpu"))
     assert torch.equal(packed.indices, result.indices[1])
 
 
-# Choice of backend
-
-
-@on(REFERENCE, NATIVE)
-def test_threads_of_a_program(target):
-    """Calls from several threads at once give the answers of calls in turn."""
-    cases = [Case(clustered((40, 20), seed), 20) for seed in range(4)]
-    results = [None] * len(cases)
-
-    def work(i):
-        with pruneops.backend(target.backend):
-            results[i] = pruneops.kcenter(cases[i].x, 20)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for case, result in zip(cases, results):
-        assert_answer(case, result, rounding(case.x, case.metric))
-
+# Launches
 
 TRITON_LAUNCHES = """
-import torch
-from tests import fake_card
 from pruneops.triton_kernels import kcenter as kernels
 
 kernels._multiprocessors = lambda device: 132
-kernels._on = lambda device: torch.device("cpu")
 for dtype, width in ((torch.bfloat16, 64), (torch.float32, 64), (torch.float16, 1), (torch.float32, 33)):
     for tokens in (50, 60, 5000, 5001):
         x = torch.ones(3, tokens, width, dtype=dtype)
@@ -822,17 +645,15 @@ for dtype, width in ((torch.bfloat16, 64), (torch.float32, 64), (torch.float16, 
         kernels.kcenter(x, 7, seeds, mask, "cosine")
         kernels.kcenter_varlen(x[0], torch.tensor([0, 10, tokens]), [2, 3], None, "cosine")
         kernels.kcenter_varlen(x[0], torch.tensor([0, tokens]), [3], seeds[:1], "cosine")
-    print(len(fake_card.launches), len(set(fake_card.launches)))
 """
 
 
 def test_triton_launchers_compile():
     """Every form launches as it would on a card; other lengths, budgets and batches compile nothing anew."""
-    counts = [tuple(map(int, line.split())) for line in contract.run_python(TRITON_LAUNCHES).splitlines()]
-    launched, compiled = counts[-1]
+    launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
     assert launched == 4 * (2 * 9 + 2 * 6 + 4 * 4)
     # a dtype: norms with and without mask, gram, rounds as batch and packed; the greedy kernel serves all dtypes
-    assert compiled == 4 * (2 + 1 + 2) + 1, counts
+    assert compiled == 4 * (2 + 1 + 2) + 1
 
 
 TRITON_TEAMS = """

@@ -1,29 +1,13 @@
-"""The CUDA kernels of kcenter, run on emulated threads (tests/cuda_emulation) and compared with the reference.
-
-What this shows: indexing, tails, barriers, meetings of blocks, arithmetic order. What it cannot: memory ordering
-between real blocks, timing, and the compiler's code; those are for `make gpu`.
-"""
-
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from pruneops import reference
 
-ROOT = Path(__file__).parent.parent
-ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
-INT, POINTER = ctypes.c_int64, ctypes.c_void_p
+from . import ELEMENTS, INT, INT32, POINTER, by_dtype, compile_kernels, needs_compiler, pointer, strides
 
-pytestmark = pytest.mark.skipif(
-    not (sys.platform == "linux" and shutil.which(os.environ.get("CXX", "g++"))),
-    reason="needs Linux and a C++ compiler",
-)
+pytestmark = needs_compiler
 
 
 class Call(ctypes.Structure):
@@ -33,30 +17,18 @@ class Call(ctypes.Structure):
         *(("seeds", POINTER), ("seeds_stride", INT * 2), ("seeds_count", INT)),
         *(("mask", POINTER), ("mask_stride", INT * 2)),
         *(("cu_seqlens", POINTER), ("offsets", POINTER), ("k", INT), ("indices", POINTER), ("radii", POINTER)),
-        *((name, ctypes.c_int32) for name in ("element", "cosine", "lazy")),
-        *((name, ctypes.c_int32) for name in ("teams", "blocks", "candidates", "backwards")),
+        *((name, INT32) for name in ("element", "cosine", "lazy")),
+        *((name, INT32) for name in ("teams", "blocks", "candidates", "backwards")),
     )
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulation") / "kcenter.so"
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
-    source = Path(__file__).parent / "cuda_emulation/kcenter.cpp"
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'csrc'}", source, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
-
-
-def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
-def strides(tensor):
-    return (INT * 2)(*((0, 0) if tensor is None else tensor.stride()))
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    return compile_kernels("kcenter", tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.fixture
-def emulate(library):
+def emulate(kernel):
     """kcenter or, given cu_seqlens, kcenter_varlen; outputs are poisoned first."""
 
     def run(x, k, *, seeds=None, mask=None, metric="cosine", cu_seqlens=None, **shape):
@@ -85,7 +57,7 @@ def emulate(library):
             cosine=metric == "cosine",
             **{"lazy": packed, "teams": 1, "blocks": 1, "candidates": 128, "backwards": False, **shape},
         )
-        library.kcenter(ctypes.byref(call))
+        kernel(ctypes.byref(call))
         return indices, radii
 
     return run
@@ -113,7 +85,6 @@ FORMS = [
 ]
 by_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f"{k}{int(v)}" for k, v in f.items()))
 by_metric = pytest.mark.parametrize("metric", ("cosine", "euclidean"))
-by_dtype = pytest.mark.parametrize("dtype", ELEMENTS, ids=lambda d: str(d).removeprefix("torch."))
 
 
 @by_form

@@ -1,0 +1,49 @@
+// Tensors as kernels see them: pointer, strides, and how to read one entry.
+
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/primitives.cuh"
+
+namespace pruneops {
+
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+
+template <class T>
+__device__ __forceinline__ float value_at(const T* data, int64_t i) {
+  return value_of<T>(reinterpret_cast<const Bits<T>*>(data)[i]);
+}
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride;  // elements from row to row; features lie next to each other
+  int width;
+  bool aligned;  // every row starts at a multiple of 16 bytes
+};
+
+// x [B, N, D], or [T, D] with batch stride 0.
+template <class T>
+struct Tokens {
+  const T* data;
+  int64_t batch_stride, row_stride;
+  int width;
+  bool aligned;
+
+  __device__ Matrix<T> matrix(int64_t offset) const { return {data + offset, row_stride, width, aligned}; }
+};
+
+// bool [B, N]; may be null.
+struct Flags {
+  const bool* data;
+  int64_t stride[2];
+
+  __device__ bool at(int64_t row, int64_t token, bool otherwise) const {
+    return data ? data[row * stride[0] + token * stride[1]] : otherwise;
+  }
+};
+
+}  // namespace pruneops

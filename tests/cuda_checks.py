@@ -1,0 +1,73 @@
+"""What every operator owes its caller on a GPU, in checks that know no operator.
+
+A check takes a target, `run`, which calls the operator in all its forms and returns tensors, and
+`inputs`, which makes the CUDA tensors that `run` takes from a seed: new values, the same shapes.
+"""
+
+import pytest
+import torch
+
+import pruneops
+from tests.contract import assert_same_bits, moved
+
+
+def graph(target, run, inputs):
+    """Captured once, replayed on other values."""
+    held = inputs(0)
+    with pruneops.backend(target.backend):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(*held)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(*held)
+        for seed in (1, 2):
+            new = inputs(seed)
+            for tensor, value in zip(held, new):
+                tensor.copy_(value)
+            graph.replay()
+            assert_same_bits(moved(captured, "cpu"), moved(run(*new), "cpu"))
+
+
+def no_synchronisation(target, run, inputs):
+    held = inputs(0)
+    with pruneops.backend(target.backend):
+        run(*held)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(*held)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def stream(target, run, inputs):
+    """Work is queued on the current stream: it sees what that stream wrote, however late."""
+    held, new = inputs(0), inputs(1)
+    with pruneops.backend(target.backend):
+        expected = run(*new)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            for tensor, value in zip(held, new):
+                tensor.copy_(value)
+            late = run(*held)
+        stream.synchronize()
+    assert_same_bits(moved(late, "cpu"), moved(expected, "cpu"))
+
+
+def other_device(target, run, inputs):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    held = inputs(0)
+    with pruneops.backend(target.backend):
+        here, there = run(*held), run(*(tensor.to("cuda:1") for tensor in held))
+    assert all(result.device == torch.device("cuda:1") for result in there)
+    assert_same_bits(moved(here, "cpu"), moved(there, "cpu"))
+
+
+every_check = pytest.mark.parametrize(
+    "check", [graph, no_synchronisation, stream, other_device], ids=lambda check: check.__name__
+)

@@ -1,0 +1,94 @@
+import ctypes
+
+import pytest
+import torch
+
+from pruneops import reference
+
+from . import ELEMENTS, INT, INT32, POINTER, by_dtype, compile_kernels, needs_compiler, pointer, strides
+
+pytestmark = needs_compiler
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        *(("logits", POINTER), ("batch", INT), ("tokens", INT), ("classes", INT), ("stride", INT * 2)),
+        *(("ranks", INT), ("bytes", INT), ("out", POINTER), ("element", INT32), ("backwards", INT32)),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    return compile_kernels("assign_ranks", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulate(kernel):
+    """assign_ranks into a poisoned output, with so much shared memory."""
+
+    def run(logits, j, *, kilobytes=99, backwards=False):
+        out = torch.full((logits.shape[0], j), -77)
+        call = Call(
+            logits=pointer(logits),
+            batch=logits.shape[0],
+            tokens=logits.shape[1],
+            classes=logits.shape[2],
+            stride=strides(logits),
+            ranks=j,
+            bytes=kilobytes * 1024,
+            out=pointer(out),
+            element=ELEMENTS.index(logits.dtype),
+            backwards=backwards,
+        )
+        kernel(ctypes.byref(call))
+        return out
+
+    return run
+
+
+FORMS = {"one tile": dict(), "tiles": dict(kilobytes=9), "tiles backwards": dict(kilobytes=20, backwards=True)}
+by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def assert_right(emulate, logits, j, **form):
+    assert torch.equal(emulate(logits, j, **form), reference.assign_ranks(logits, j))
+
+
+@by_form
+@by_dtype
+@pytest.mark.parametrize("classes", (2, 32, 33, 65))
+def test_columns_that_want_the_same_tokens(emulate, form, dtype, classes):
+    """Every logit is 0 or -inf: probabilities are 0 or 1 / n, their logarithms of equal bits everywhere."""
+    logits = torch.where(torch.rand(2, 150, classes) < 0.3, 0.0, -torch.inf)
+    logits[..., -1] = torch.where(torch.rand(2, 150) < 0.5, 0.0, -torch.inf)
+    assert_right(emulate, logits.to(dtype), min(classes - 1, 64), **form)
+
+
+@by_form
+def test_real_logits(emulate, form):
+    shared = 3 * torch.randn(3, 200, 1)  # most ranks want the same few tokens
+    logits = (shared + torch.randn(3, 200, 33)).mT.contiguous().mT[:, ::2]
+    logits = torch.nn.functional.pad(logits, (0, 4))[..., :33]
+    assert_right(emulate, logits, 20, **form)
+
+
+@by_form
+def test_specials(emulate, form):
+    logits = torch.randn(2, 90, 9)
+    for value in (torch.nan, torch.inf, -torch.inf, 3e38, -3e38):
+        logits[torch.rand(logits.shape) < 0.04] = value
+    assert_right(emulate, logits, 8, **form)
+
+
+@by_form
+def test_every_token(emulate, form):
+    assert_right(emulate, torch.randn(1, 64, 65), 64, **form)
+
+
+@by_form
+def test_one_token(emulate, form):
+    assert emulate(torch.full((1, 1, 2), torch.nan), 1, **form).tolist() == [[0]]
+
+
+def test_more_tokens_than_threads(emulate):
+    assert_right(emulate, torch.randn(1, 2500, 6), 5)

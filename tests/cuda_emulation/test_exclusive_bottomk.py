@@ -1,0 +1,138 @@
+import ctypes
+
+import pytest
+import torch
+
+from pruneops import reference
+
+from . import ELEMENTS, INT, INT32, POINTER, by_dtype, compile_kernels, needs_compiler, pointer, strides
+
+pytestmark = needs_compiler
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        *(("scores", POINTER), ("batch", INT), ("rows", INT), ("tokens", INT), ("stride", INT * 2)),
+        *(("flags", POINTER), ("flags_stride", INT * 2), ("quotas", POINTER), ("out", POINTER)),
+        *((name, INT32) for name in ("element", "taken", "blocks", "backwards")),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    return compile_kernels("exclusive_bottomk", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulate(kernel):
+    """exclusive_bottomk into a poisoned output. `blocks` 0: without lists; `free`: taken is the mask of free tokens."""
+
+    def run(scores, quotas, taken=None, *, blocks=1, free=False, backwards=False):
+        quotas = torch.tensor(quotas, dtype=torch.int64)
+        out = torch.full((scores.shape[0], int(quotas.sum())), -77)
+        call = Call(
+            scores=pointer(scores),
+            batch=scores.shape[0],
+            rows=scores.shape[1],
+            tokens=scores.shape[2],
+            stride=strides(scores),
+            flags=pointer(taken),
+            flags_stride=strides(taken),
+            quotas=pointer(quotas),
+            out=pointer(out),
+            element=ELEMENTS.index(scores.dtype),
+            taken=not free,
+            blocks=blocks,
+            backwards=backwards,
+        )
+        kernel(ctypes.byref(call))
+        return out
+
+    return run
+
+
+FORMS = {
+    "one by one": dict(blocks=0),
+    "one block": dict(blocks=1),
+    "cluster": dict(blocks=3),
+    "cluster backwards": dict(blocks=4, backwards=True),
+}
+by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def assert_right(emulate, scores, quotas, taken=None, **form):
+    got = emulate(scores, quotas, taken, **form)
+    assert torch.equal(got, reference.exclusive_bottomk(scores, quotas, taken=taken))
+
+
+@by_form
+@by_dtype
+def test_ties(emulate, form, dtype):
+    scores = torch.randint(-3, 4, (2, 5, 200)).to(dtype)
+    assert_right(emulate, scores, [7, 0, 40, 1, 90], **form)
+
+
+@by_form
+def test_real_scores_that_rows_share(emulate, form):
+    scores = torch.randn(2, 1, 700) + 0.3 * torch.randn(2, 8, 700)
+    assert_right(emulate, scores, [36] * 8, torch.rand(2, 700) < 0.4, **form)
+
+
+@by_form
+def test_specials(emulate, form):
+    scores = torch.randn(3, 4, 90)
+    for value in (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3e38, -3e38, 1e-42, -1e-42):
+        scores[torch.rand(scores.shape) < 0.1] = value
+    assert_right(emulate, scores, [20, 20, 0, 50], **form)
+
+
+@by_form
+def test_strides(emulate, form):
+    scores = torch.randn(6, 70, 300)[::2, 3::9, 5:297]
+    taken = (torch.rand(300, 3) < 0.3).t()[:, 4:296]
+    assert_right(emulate, scores, [9] * 8, taken, **form)
+
+
+@by_form
+def test_mask_of_free_tokens(emulate, form):
+    scores, mask = torch.randn(2, 3, 50), torch.rand(2, 50) < 0.7
+    got = emulate(scores, [5, 4, 3], mask, free=True, **form)
+    assert torch.equal(got, reference.exclusive_bottomk(scores, [5, 4, 3], taken=~mask))
+
+
+@by_form
+def test_one_token(emulate, form):
+    assert emulate(torch.full((1, 3, 1), torch.nan), [0, 1, 0], **form).tolist() == [[0]]
+
+
+@by_form
+def test_out_of_tokens(emulate, form):
+    scores, taken = torch.randn(2, 3, 40), torch.ones(2, 40, dtype=torch.bool)
+    taken[0, 10:15] = False
+    assert_right(emulate, scores, [3, 3, 4], taken, **form)
+
+
+@by_form
+def test_sixty_four_rows(emulate, form):
+    scores = torch.randint(0, 50, (1, 64, 333)).float()
+    assert_right(emulate, scores, torch.randint(0, 6, (64,)).tolist(), **form)
+
+
+@by_form
+@pytest.mark.parametrize("tokens", (511, 4096, 4097, 9000))
+def test_every_token(emulate, form, tokens):
+    scores = torch.randn(1, 2, tokens)
+    assert_right(emulate, scores, [tokens // 2, tokens - tokens // 2], **form)
+
+
+@by_form
+@pytest.mark.parametrize("spread", ("equal", "narrow", "wide", "two"))
+def test_more_candidates_than_there_is_room_for(emulate, form, spread):
+    """All in one bin, whose bins must be looked into: by order, by index."""
+    scores = {
+        "equal": torch.zeros(12000),
+        "narrow": 1 + torch.rand(12000) * 1e-4,
+        "wide": torch.randn(12000) * torch.exp2(torch.randint(-140, 120, (12000,))),
+        "two": (torch.arange(12000) % 3 == 0).float(),
+    }[spread].expand(1, 3, -1)
+    assert_right(emulate, scores, [100, 2500, 7], torch.rand(1, 12000) < 0.1, **form)
