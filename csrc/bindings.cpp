@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY(pruneops_native, m) {
   m.def("exclusive_bottomk(Tensor scores, int[] quotas, Tensor? taken) -> Tensor");
   m.def("pivot_bottomk(Tensor x, Tensor pivots, int[] quotas, Tensor? mask) -> Tensor");
   m.def("assign_ranks(Tensor logits, int j) -> Tensor");
+  m.def(
+      "attention_mass(Tensor query, Tensor key, Tensor query_group, Tensor key_group, int groups, bool causal, "
+      "float scale, Tensor? lse) -> (Tensor, Tensor)");
+  m.def(
+      "attention_received(Tensor query, Tensor key, Tensor? query_mask, Tensor? key_mask, bool causal, float scale, "
+      "Tensor? lse) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

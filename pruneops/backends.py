@@ -51,15 +51,20 @@ def backend(name):
         _forced.reset(token)
 
 
-def choose(device_type):
-    """Name of the backend that serves tensors on a device, honouring `backend(...)`."""
+def choose(device_type, operator, implementations):
+    """Name of the backend that serves an operator on a device, honouring `backend(...)`.
+
+    `implementations` holds the names of the backends that the operator has.
+    """
     name = _forced.get()
     if name != "auto":
         reason = why_not(name, device_type)
+        if reason is None and name not in implementations:
+            reason = f"{operator} has no such kernel; it has {', '.join(implementations)}"
         if reason:
             raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
         return name
-    order = AUTO.get(device_type, ("reference",))
+    order = [name for name in AUTO.get(device_type, ("reference",)) if name in implementations]
     name = next(name for name in order if why_not(name, device_type) is None)
     if name == "reference" and len(order) > 1:
         _warn_reference(device_type, "; ".join(f"{n}: {why_not(n, device_type)}" for n in order[:-1]))

@@ -97,7 +97,8 @@ def test_tiny_cases_of_every_operator(name, tmp_path, capsys):
     assert [case["name"] for case in cases] == list(operator.sets["cpu"]["tiny"])
     for case in cases:
         assert case["shape"] in table and case["bytes"] > 0 and case["operations"] > 0
-        assert {entry["name"] for entry in case["contenders"]} == {"reference", *peers} - {"graph"}
+        able = [name for name in peers if "cpu" in operator.peers[name].devices]
+        assert {entry["name"] for entry in case["contenders"]} == {"reference", *able}
         assert all(entry["status"] == "ok" and entry["of_floor"] > 0 for entry in case["contenders"])
 
 
@@ -364,8 +365,8 @@ def test_gpu_operators_share_the_time_those_with_goals_first(tmp_path, monkeypat
     monkeypatch.setattr(gpu, "operators", idle)
     options = ["--device", "cpu", "--stages", "operators", "--results", str(tmp_path), "--seconds", "100"]
     assert gpu.main(options) == 0
-    assert list(limits)[:3] == ["kcenter", "exclusive_bottomk", "pivot_cosine"]
-    assert limits["kcenter"] == pytest.approx(40, abs=1)
+    assert list(limits)[:3] == ["kcenter", "attention_mass", "exclusive_bottomk"]
+    assert limits["kcenter"] == pytest.approx(100 * 6 / 21, abs=1)
     assert list(limits.values())[-1] == pytest.approx(100, abs=3)  # all that the others left
 
 
@@ -396,7 +397,7 @@ def test_sanitizer_passes_only_on_a_clean_summary(prints, status, ended, tmp_pat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_tiny_cases_on_cuda(name, capsys):
-    peers = ",".join(peer for peer in OPERATORS[name].peers if peer != "compiled")
+    peers = ",".join(peer for peer in OPERATORS[name].peers if peer not in ("compiled", "flex"))
     assert command.main(["ops", name, "--cases", "tiny", "--peers", peers, "--seconds", "5"]) == 0
     table = capsys.readouterr().out
     assert "graph" in table and "WRONG" not in table and "failed" not in table

@@ -1,8 +1,12 @@
 """What the Triton kernels share: constants, ordered scores, launch options, how a tensor can be read."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from ..backends import interpreting
 
 # Fusion said out loud: its default differs among Triton releases. All registers: ptxas would
 # otherwise spill to fit two programs on a multiprocessor.
@@ -28,6 +32,12 @@ def access(x):
     if any(number % 16 for number in numbers):
         return "unaligned"
     return "half" if x.element_size() == 2 else "float"
+
+
+@functools.cache
+def multiprocessors(device):
+    """Programs that are resident together; the interpreter runs one after another."""
+    return 1 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on(device):

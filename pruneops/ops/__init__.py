@@ -1,15 +1,21 @@
 """The operators: schema, argument checks, fake kernel and choice of backend."""
 
 from .assign_ranks import assign_ranks
+from .attention_mass import attention_mass, cross_modal_ratio, group_distribution
+from .attention_received import attention_received
 from .exclusive_bottomk import exclusive_bottomk, pivot_bottomk
 from .kcenter import kcenter, kcenter_varlen
 from .pivot_cosine import duplication, duplication_varlen, pivot_cosine, pivot_cosine_varlen
 
 __all__ = [
     "assign_ranks",
+    "attention_mass",
+    "attention_received",
+    "cross_modal_ratio",
     "duplication",
     "duplication_varlen",
     "exclusive_bottomk",
+    "group_distribution",
     "kcenter",
     "kcenter_varlen",
     "pivot_bottomk",

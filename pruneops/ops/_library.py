@@ -44,7 +44,7 @@ def define(schema, check, fake, implementations):
     @torch.no_grad()
     def run(first, *args, **kwargs):
         check(first, *args, **kwargs)
-        return implementations[backends.choose(first.device.type)](first, *args, **kwargs)
+        return implementations[backends.choose(first.device.type, name, implementations)](first, *args, **kwargs)
 
     def run_fake(*args, **kwargs):
         check(*args, **kwargs)
@@ -98,14 +98,16 @@ def expect_floats(op, argument, tensor, ranks, last="feature"):
     expect(tensor.shape[-1] > 0, op, argument, f"of shape {list(tensor.shape)}", f"at least one {last} wide")
 
 
-def expect_companion(op, argument, tensor, main, dtypes, shape):
-    """A tensor beside the main one, `main` = (name, tensor); `shape` holds None where any size P is allowed."""
+def expect_companion(op, argument, tensor, main, dtypes, shape, free="P"):
+    """A tensor beside the main one, `main` = (name, tensor); `shape` holds None where any size is allowed, whose names
+    are those in `free`."""
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     expect(tensor.dtype in dtypes, op, argument, tensor.dtype, names, ArgumentTypeError)
     device = main[1].device
     expect(tensor.device == device, op, argument, f"on {tensor.device}", f"on the device of {main[0]}, {device}")
     fits = tensor.dim() == len(shape) and all(want in (None, have) for have, want in zip(tensor.shape, shape))
-    wanted = ", ".join("P" if size is None else str(size) for size in shape)
+    names_of_free = iter(free.split(", "))
+    wanted = ", ".join(next(names_of_free) if size is None else str(size) for size in shape)
     expect(fits, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
 
 

@@ -1,12 +1,16 @@
 """The specification: one plain PyTorch program per operator, float32 arithmetic, any device."""
 
 from .assign_ranks import assign_ranks
+from .attention_mass import attention_mass
+from .attention_received import attention_received
 from .exclusive_bottomk import exclusive_bottomk, pivot_bottomk
 from .kcenter import kcenter, kcenter_varlen
 from .pivot_cosine import duplication, duplication_varlen, pivot_cosine, pivot_cosine_varlen
 
 __all__ = [
     "assign_ranks",
+    "attention_mass",
+    "attention_received",
     "duplication",
     "duplication_varlen",
     "exclusive_bottomk",

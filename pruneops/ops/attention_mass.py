@@ -1,0 +1,211 @@
+"""Attention between groups of tokens: schema, argument checks, fake kernel, choice of backend, ratios."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import (
+    INT,
+    OPTIONAL_TENSOR,
+    ArgumentTypeError,
+    define,
+    dense,
+    expect,
+    expect_companion,
+    expect_floats,
+    expect_indices,
+    expect_type,
+    is_concrete,
+)
+
+MOST_GROUPS = 8
+WIDEST_HEAD = 256
+INTEGERS = (torch.int64, torch.int32)
+
+
+class AttentionMass(NamedTuple):
+    """Attention from every query group to every key group, and the logarithm of every softmax sum."""
+
+    mass: Tensor
+    lse: Tensor
+
+
+def attention_mass(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
+    """How much attention the queries of each group pay to the keys of each group.
+
+    mass[b, h, p, q] = sum of softmax(query key^T scale)[i, j] over queries i of group p and keys j of
+    group q, without ever forming the attention matrix: one pass over the keys, a running sum per group.
+
+    Parameters
+    ----------
+    query : Tensor [B, H, Sq, D] or [H, Sq, D], float32, float16 or bfloat16
+        After rotary embedding. Any strides: [B, S, H, D] is `.transpose(1, 2)`. D at most 256.
+    key : Tensor [B, Hk, Sk, D] or [Hk, Sk, D], dtype of query
+        Query head h meets key head h // (H / Hk).
+    query_group : Tensor [B, Sq] or [Sq], int64 or int32
+        Group of every query, 0 .. groups - 1; -1 for one that is not counted (padding).
+    key_group : Tensor [B, Sk] or [Sk], int64 or int32
+        Group of every key; -1 for one that nobody attends to (padding, on either side).
+    groups : int
+        G, at most 8.
+    causal : bool
+        The last query sees the last key: query i sees the keys j <= i + Sk - Sq.
+    scale : float, optional
+        Of the logits; D ** -0.5 by default.
+    lse : Tensor [B, H, Sq] or [H, Sq], float32, optional
+        Logarithm of each row's softmax sum, as flash attention returns it (natural logarithm, scaled
+        logits). With it only the rows of queries that count are computed, and nothing is rescaled.
+
+    Returns
+    -------
+    mass : Tensor [B, H, G, G] or [H, G, G], float32
+        Row p sums to the number of queries of group p that see a key.
+    lse : Tensor [B, H, Sq] or [H, Sq], float32
+        A copy of `lse` if given, else that of the queries that count; -inf for the others and for queries that see
+        no key.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched. Group values are checked on CPU always, on
+        CUDA when PRUNEOPS_DEBUG=1; an unchecked group beyond the last is counted nowhere as a query, and
+        as a key takes its share of the softmax and is reported nowhere.
+
+    Notes
+    -----
+    Extra memory (G + 2) floats a row of attention, B H Sq rows. Not differentiable.
+
+    Source: ToDRE (arXiv:2505.18757), Eq. 7; DyRate, section III (attention distribution v_t).
+    """
+    expect_type("attention_mass", query=(query, Tensor), key=(key, Tensor), groups=(groups, INT))
+    expect_type("attention_mass", query_group=(query_group, Tensor), key_group=(key_group, Tensor))
+    expect_softmax_types("attention_mass", causal, scale, lse)
+    return AttentionMass(
+        *torch.ops.pruneops.attention_mass(
+            query, key, query_group, key_group, groups, causal=causal, scale=scale, lse=lse
+        )
+    )
+
+
+def cross_modal_ratio(mass, *, text, vision):
+    """Shares of attention between text and vision, ToDRE's Eq. 7.
+
+    alpha(t -> v) = sum over text queries i and vision keys j of A_ij, divided by the sum over text
+    queries and all keys; alpha(v -> t) the other way round. Sums run over heads and tokens.
+
+    Parameters
+    ----------
+    mass : Tensor [B, H, G, G] or [H, G, G]
+        From `attention_mass`.
+    text, vision : int
+        Their groups.
+
+    Returns
+    -------
+    tuple of Tensor [B] or []
+        (alpha text -> vision, alpha vision -> text); 0 where there is no such query. Under a causal mask
+        with the text after the image the second is exactly 0.
+    """
+    groups = mass.shape[-1]
+    for name, group in (("text", text), ("vision", vision)):
+        expect(0 <= group < groups, "cross_modal_ratio", name, group, f"a group of mass, 0 to {groups - 1}")
+    total = mass.sum(-3)  # over heads
+    share = total / total.sum(-1, keepdim=True)
+    share = torch.where(total == 0, 0.0, share)
+    return share[..., text, vision], share[..., vision, text]
+
+
+def group_distribution(mass, *, query):
+    """How the queries of one group spread their attention over the key groups, per head: DyRate's v_t.
+
+    With the new token alone in group `query`, entry g of head h is the sum of A_hj over the keys j of
+    group g (system, image, instruction, response).
+
+    Parameters
+    ----------
+    mass : Tensor [B, H, G, G] or [H, G, G]
+        From `attention_mass`.
+    query : int
+        Group of the queries.
+
+    Returns
+    -------
+    Tensor [B, H, G] or [H, G]
+        Rows sum to 1; 0 where no query of the group sees a key.
+    """
+    groups = mass.shape[-1]
+    expect(0 <= query < groups, "group_distribution", "query", query, f"a group of mass, 0 to {groups - 1}")
+    own = mass[..., query, :]
+    return torch.where(own == 0, 0.0, own / own.sum(-1, keepdim=True))
+
+
+def expect_softmax_types(op, causal, scale, lse):
+    """Types of the options that both attention operators have."""
+    expect_type(op, causal=(causal, bool), scale=(scale, (float, int, type(None))), lse=(lse, OPTIONAL_TENSOR))
+
+
+def expect_heads(op, query, key, lse):
+    """query [B, H, Sq, D], key [B, Hk, Sk, D], lse [B, H, Sq] or None; unbatched without B."""
+    expect_floats(op, "query", query, ranks=(3, 4))
+    expect(key.dtype == query.dtype, op, "key", key.dtype, f"the dtype of query, {query.dtype}", ArgumentTypeError)
+    batch, (heads, rows, width) = tuple(query.shape[:-3]), query.shape[-3:]
+    expect_companion(op, "key", key, ("query", query), (query.dtype,), (*batch, None, None, width), "Hk, Sk")
+    expect(width <= WIDEST_HEAD, op, "query", f"{width} features a head", f"at most {WIDEST_HEAD} features a head")
+    key_heads = key.shape[-3]
+    fits = key_heads > 0 and heads % key_heads == 0
+    expect(fits, op, "key", f"of {key_heads} heads", f"of a number of heads that divides the {heads} of query")
+    if lse is not None:
+        expect_companion(op, "lse", lse, ("query", query), (torch.float32,), (*batch, heads, rows))
+
+
+def _check(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
+    op = "attention_mass"
+    expect_heads(op, query, key, lse)
+    batch = tuple(query.shape[:-3])
+    expect(1 <= groups <= MOST_GROUPS, op, "groups", groups, f"1 to {MOST_GROUPS}")
+    for name, group, tensor in (("query_group", query_group, query), ("key_group", key_group, key)):
+        expect_companion(op, name, group, ("query", query), INTEGERS, (*batch, tensor.shape[-2]))
+        if is_concrete(group):
+            expect_indices(op, name, group, -1, groups)
+
+
+def _fake(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
+    batch, heads = query.shape[:-3], query.shape[-3]
+    mass = query.new_empty((*batch, heads, groups, groups), dtype=torch.float32)
+    return mass, query.new_empty((*batch, heads, query.shape[-2]), dtype=torch.float32)
+
+
+def _batched(run):
+    def call(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
+        query, key = dense(query), dense(key)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if query.dim() == 4:
+            return run(query, key, query_group, key_group, groups, causal, scale, lse)
+        own = None if lse is None else lse[None]
+        batched = (t[None] for t in (query, key, query_group, key_group))
+        mass, lse = run(*batched, groups, causal, scale, own)
+        return mass[0], lse[0]
+
+    return call
+
+
+def _native(query, key, query_group, key_group, groups, causal, scale, lse):
+    query_group, key_group = query_group.to(torch.int64), key_group.to(torch.int64)
+    return torch.ops.pruneops_native.attention_mass(query, key, query_group, key_group, groups, causal, scale, lse)
+
+
+def _triton(query, key, query_group, key_group, groups, causal, scale, lse):
+    from ..triton_kernels import attention_mass as kernels
+
+    return kernels.attention_mass(query, key, query_group, key_group, groups, causal, scale, lse)
+
+
+define(
+    "attention_mass(Tensor query, Tensor key, Tensor query_group, Tensor key_group, int groups, *, bool causal=True,"
+    " float? scale=None, Tensor? lse=None) -> (Tensor mass, Tensor lse)",
+    _check,
+    _fake,
+    {"reference": reference.attention_mass, "cpu": _batched(_native), "triton": _batched(_triton)},
+)

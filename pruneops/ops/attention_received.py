@@ -1,0 +1,95 @@
+"""Attention that every key receives: schema, argument checks, fake kernel, choice of backend."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import OPTIONAL_TENSOR, define, dense, expect_companion, expect_type
+from .attention_mass import expect_heads, expect_softmax_types
+
+
+def attention_received(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
+    """How much attention every key receives, summed over the marked queries.
+
+    received[b, h, j] = sum of softmax(query key^T scale)[i, j] over the queries i that query_mask marks, without
+    ever forming the attention matrix. Rows that nobody asked for are not computed.
+
+    Parameters
+    ----------
+    query, key, causal, scale
+        As in `attention_mass`.
+    query_mask : Tensor [B, Sq] or [Sq], bool, optional
+        True for the queries that are summed over; all by default. FastV: the last row; FasterVLM and
+        VisionZip: the [CLS] row, without causal; SparseVLM: text rows.
+    key_mask : Tensor [B, Sk] or [Sk], bool, optional
+        False for keys that nobody attends to (padding); they receive 0.
+    lse : Tensor [B, H, Sq] or [H, Sq], float32, optional
+        Logarithm of each row's softmax sum, as flash attention returns it; computed in a first pass over the
+        marked rows if not given.
+
+    Returns
+    -------
+    Tensor [B, H, Sk] or [H, Sk], float32
+        Sums over all keys to the number of marked queries that see a key.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched.
+
+    Notes
+    -----
+    Extra memory a few floats a row of attention, B H Sq rows. Not differentiable.
+
+    Source: FastV (arXiv:2403.06764) and its successors.
+    """
+    op = "attention_received"
+    expect_type(op, query=(query, Tensor), key=(key, Tensor))
+    expect_type(op, query_mask=(query_mask, OPTIONAL_TENSOR), key_mask=(key_mask, OPTIONAL_TENSOR))
+    expect_softmax_types(op, causal, scale, lse)
+    return torch.ops.pruneops.attention_received(
+        query, key, query_mask=query_mask, key_mask=key_mask, causal=causal, scale=scale, lse=lse
+    )
+
+
+def _check(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
+    op = "attention_received"
+    expect_heads(op, query, key, lse)
+    for name, mask, tensor in (("query_mask", query_mask, query), ("key_mask", key_mask, key)):
+        if mask is not None:
+            expect_companion(op, name, mask, ("query", query), (torch.bool,), (*query.shape[:-3], tensor.shape[-2]))
+
+
+def _fake(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
+    return query.new_empty((*query.shape[:-2], key.shape[-2]), dtype=torch.float32)
+
+
+def _batched(run):
+    def call(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
+        query, key = dense(query), dense(key)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if query.dim() == 4:
+            return run(query, key, query_mask, key_mask, causal, scale, lse)
+        optional = (None if t is None else t[None] for t in (query_mask, key_mask))
+        return run(query[None], key[None], *optional, causal, scale, None if lse is None else lse[None])[0]
+
+    return call
+
+
+def _native(query, key, query_mask, key_mask, causal, scale, lse):
+    return torch.ops.pruneops_native.attention_received(query, key, query_mask, key_mask, causal, scale, lse)
+
+
+def _triton(query, key, query_mask, key_mask, causal, scale, lse):
+    from ..triton_kernels import attention_received as kernels
+
+    return kernels.attention_received(query, key, query_mask, key_mask, causal, scale, lse)
+
+
+define(
+    "attention_received(Tensor query, Tensor key, *, Tensor? query_mask=None, Tensor? key_mask=None,"
+    " bool causal=True, float? scale=None, Tensor? lse=None) -> Tensor",
+    _check,
+    _fake,
+    {"reference": reference.attention_received, "cpu": _batched(_native), "triton": _batched(_triton)},
+)

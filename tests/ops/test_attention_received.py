@@ -1,0 +1,633 @@
+"""Attention that keys receive, on every backend: the contract of `pruneops.attention_received`, line by line."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pruneops
+from tests import contract, cuda_checks, strategies
+from tests.attention import (
+    ATTENTION_TYPES,
+    CUDA_KERNELS,
+    EDGES,
+    LAYOUTS,
+    SHAPES,
+    assert_no_cuda_kernel,
+    attention,
+    attention_errors,
+    counting,
+    every_backend,
+    every_kernel,
+    exact_attention,
+    live,
+    native_memory,
+    ranked,
+    real,
+    runs,
+    shapes,
+    small_tiles,
+    smaller,
+    spoiled,
+    triton_memory,
+    unbatched,
+)
+from tests.contract import EPS, NATIVE, REFERENCE, TRITON_TARGETS, assert_same_bits, call, on, size
+from tests.refusals import Bad, assert_type_refused, bools, refused
+from tests.strategies import laid_out
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def received_by(target, query, key, **options):
+    received = call(target, "attention_received", query, key, **options)
+    assert received.dtype == torch.float32
+    return received
+
+
+def float64_attention(query, key, query_mask=None, key_mask=None, **options):
+    """(probabilities [.., H, Sq, Sk], lse [.., H, Sq])"""
+    masks = ((query, query_mask), (key, key_mask))
+    everyone = (torch.ones(*t.shape[:-3], t.shape[-2], dtype=torch.bool) if m is None else m for t, m in masks)
+    return attention(query, key, *everyone, **options)
+
+
+def float64_received(query, key, **options):
+    return float64_attention(query, key, **options)[0].sum(-2)
+
+
+def float64_lse(query, key, **options):
+    return float64_attention(query, key, **options)[1].float()
+
+
+def random_masks(shape, seed=0):
+    """{query_mask, key_mask} for a shape (B, H, Hk, Sq, Sk, D), in runs."""
+    generator = torch.Generator().manual_seed(seed)
+    B, _, _, Sq, Sk, _ = shape
+    return {name: runs((B, S), 3, generator) >= 0 for name, S in (("query_mask", Sq), ("key_mask", Sk))}
+
+
+@st.composite
+def exact_cases(draw):
+    """(query, key, options)"""
+    query, key, *masks, options = draw(exact_attention())
+    for name, mask in zip(("query_mask", "key_mask"), masks):
+        if not mask.all() or draw(st.booleans()):
+            options[name] = draw(laid_out(mask, expand=False))
+    if len(query) == 1 and draw(st.booleans()):
+        return *unbatched((query, key)), unbatched(options)
+    return query, key, options
+
+
+@st.composite
+def real_cases(draw):
+    """(query, key, options)"""
+    shape = B, _, _, Sq, Sk, _ = draw(shapes(widths=(1, 16, 33)))
+    generator = draw(strategies.generators)
+    masks = {name: draw(live((B, S), generator)) for name, S in (("query_mask", Sq), ("key_mask", Sk))}
+    return *real(*shape), {**masks, "causal": draw(st.booleans())}
+
+
+def assert_exact(target, query, key, options):
+    """Counts, to the bit; where Triton finds lse itself, to the rounding of the highest."""
+    received = received_by(target, query, key, **options)
+    probability, lse = float64_attention(query, key, **options)
+    if target.backend == "triton" and "lse" not in options:
+        highest = float(lse.nan_to_num(neginf=0).abs().amax()) if lse.numel() else 0
+        close(received, probability.sum(-2), rtol=3 * EPS * highest, atol=0)
+    else:
+        assert_same_bits(received, probability.sum(-2).float())
+
+
+# Answers
+
+
+@every_backend
+def test_known_answer(target):
+    """Stands on no other code: softmax of (2, 1) and of (3, 1, 3), then with masks and with lse given."""
+    query, key = torch.tensor([2.0, 3.0]).log().view(1, 2, 1), torch.tensor([1.0, 0, 1]).view(1, 3, 1)
+    exactly = functools.partial(close, rtol=4 * EPS, atol=0)
+    mask, key_mask, lse = (
+        torch.tensor([False, True]),
+        torch.tensor([False, True, True]),
+        torch.tensor([[0.0, math.log(9)]]),
+    )
+    for options, answer in (
+        ({}, [2 / 3 + 3 / 7, 1 / 3 + 1 / 7, 3 / 7]),
+        ({"query_mask": mask}, [3 / 7, 1 / 7, 3 / 7]),
+        ({"key_mask": key_mask}, [0, 5 / 4, 3 / 4]),
+        ({"query_mask": ~mask, "causal": False}, [2 / 5, 1 / 5, 2 / 5]),
+        ({"lse": lse, "scale": 2}, [5, 10 / 9, 1]),
+    ):
+        exactly(received_by(target, query, key, **options), torch.tensor([answer]))
+
+
+@every_backend
+@given(case=exact_cases())
+def test_exact_inputs(target, case):
+    """One right answer: padding that holds anything, strides, dtypes, heads, masks, alignments of the causal mask."""
+    assert_exact(target, *case)
+
+
+@every_backend
+@pytest.mark.parametrize("kind", [ranked, counting], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_tiles(target, shape, kind):
+    """Across blocks of keys and of rows, exactly."""
+    shape = smaller(target, shape)
+    query, key, options = kind(*shape, torch.Generator().manual_seed(0))
+    for causal, masks in ((True, {}), (True, random_masks(shape)), (False, random_masks(shape))):
+        assert_exact(target, query, key, {**options, **masks, "causal": causal})
+
+
+@every_backend
+@pytest.mark.parametrize(("shape", "dtype"), [*zip(SHAPES, itertools.cycle(strategies.DTYPES))], ids=str)
+def test_real_values(target, shape, dtype):
+    """Error at most twice the reference's, the same bits on every call."""
+    shape = smaller(target, shape)
+    query, key = real(*shape, dtype=dtype)
+    masks = random_masks(shape)
+    for options in (masks, {"causal": False, "scale": 0.3}, {"lse": float64_lse(query, key, **masks), **masks}):
+        truth = float64_received(query, key, **options)
+        received = received_by(target, query, key, **options)
+        error, allowed = (
+            float((r - truth).abs().max()) for r in (received, received_by(REFERENCE, query, key, **options))
+        )
+        # an ulp of a logit of 10 is 8 of a probability
+        contract.assert_no_worse(error, allowed, float(truth.max()), ulps=8)
+        assert_same_bits(received_by(target, query, key, **options), received)
+
+
+@every_backend
+@pytest.mark.parametrize("marked", [1, 5])
+def test_few_marked_rows(target, marked):
+    """FastV's last row, a few of text: as those rows alone, whatever the others are."""
+    query, key = real(1, 4, 2, size(target, 300, 30), 1200, 8)
+    mask = bools(1, query.shape[2])
+    mask[:, :-marked] = False
+    received = received_by(target, query, key, query_mask=mask)
+    close(received, float64_received(query, key, query_mask=mask))
+    close(received, received_by(target, query[:, :, -marked:], key))
+
+
+@every_backend
+def test_class_token(target):
+    """FasterVLM's and VisionZip's row in front, which sees all patches."""
+    query, key = real(2, 3, 3, 50, 50, 16)
+    mask = torch.arange(50).eq(0).expand(2, -1)
+    received = received_by(target, query, key, query_mask=mask, causal=False)
+    close(received, (query[:, :, 0].double()[:, :, None] @ key.double().mT / 4).softmax(-1)[:, :, 0])
+
+
+@every_backend
+def test_equal_logits(target):
+    """A query of zeros spreads evenly over 64 keys."""
+    key_mask = torch.arange(100) % 25 < 16
+    received = received_by(target, torch.zeros(2, 3, 50), torch.randn(1, 100, 50), key_mask=key_mask, causal=False)
+    tolerance = 0 if target.backend == "triton" else 4 * EPS  # exp of a rounded logarithm
+    close(received, (3 / 64 * key_mask).expand(2, -1), rtol=tolerance, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("keys", [5, 300])
+def test_one_visible_key(target, keys):
+    """It gets everything from every query."""
+    query, key = real(2, 4, 2, 20, keys, 24)
+    key_mask = torch.arange(keys) == torch.tensor([[2], [0]])
+    received = received_by(target, query, key, key_mask=key_mask, causal=False)
+    close(
+        received, (20.0 * key_mask)[:, None].expand(2, 4, -1), rtol=16 * EPS, atol=0
+    )  # lse and logit differ by rounding
+
+
+@every_backend
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_nothing_visible(target, given_lse):
+    """Queries before the first key, rows of padding alone, no marked queries: 0, never NaN."""
+    query, key = real(3, 2, 1, 40, 12, 8)
+    masks = {"query_mask": bools(3, 40), "key_mask": bools(3, 12)}
+    masks["query_mask"][2] = masks["key_mask"][0] = False
+    options = {"lse": float64_lse(query, key, **masks)} if given_lse else {}
+    received = received_by(target, query, key, **masks, **options)
+    close(received, float64_received(query, key, **masks))
+    close(received.sum(-1), torch.tensor([0.0, 12, 0])[:, None].expand(3, 2))
+    assert (received[[0, 2]] == 0).all()
+
+
+@every_backend
+@pytest.mark.parametrize("height", [-1e4, 1e4])
+def test_hard_softmax(target, height):
+    """Steps of 1 on logits of 10^4, which float32 still holds."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.tensor([100.0, 1]).expand(2, 30, 2)
+    key = torch.stack([torch.full((1, 90), height / 100), -torch.randint(0, 9, (1, 90), generator=generator)], -1)
+    received = received_by(target, query, key, scale=1)
+    close(received, float64_received(query, key, scale=1), rtol=4 * EPS * 1e4, atol=0)
+
+
+@every_backend
+def test_products_past_half_precision(target):
+    """Features of hundreds: products that float16 does not hold."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (contract.small_integers((2, S, 128), generator, 300).half() for S in (40, 70))
+    received = received_by(target, query, key, causal=False)
+    truth = float64_received(query, key, causal=False)
+    highest = float((query.double() @ key.double().mT).max())
+    assert highest > 65504
+    close(received, truth, rtol=4 * EPS * highest * 128**-0.5, atol=1e-6)  # the rounding of lse
+
+
+# What must not matter, and what must show
+
+
+@every_backend
+@pytest.mark.parametrize("given_lse", [False, True])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 70, 90, 16), (2, 4, 2, 1, 90, 16)], ids=str)
+def test_padding_changes_no_bit(target, shape, given_lse):
+    """Queries that are not marked and keys that nobody sees, with anything in them; so an lse that is not asked for."""
+    query, key = real(*shape)
+    masks = random_masks(shape)
+    query_mask, key_mask = masks["query_mask"][:, None], masks["key_mask"][:, None]
+    generator = torch.Generator().manual_seed(0)
+    clean = bad = {}
+    if given_lse:
+        clean = {"lse": float64_lse(query, key, **masks)}
+        bad = {"lse": spoiled(clean["lse"], query_mask, generator)}
+    plain = received_by(target, query, key, **masks, **clean)
+    query, key = spoiled(query, query_mask[..., None], generator), spoiled(key, key_mask[..., None], generator)
+    assert_same_bits(received_by(target, query, key, **masks, **bad), plain)
+
+
+@every_backend
+@pytest.mark.parametrize("given_lse", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("queries", [1, 2, 40])
+def test_special_values_show(target, queries, bad, given_lse):
+    """In the keys that meet it, or that its rows see where lse is not given; all others keep their bits."""
+    query, key = real(2, 4, 2, queries, 50, 16)
+    options = {"lse": float64_lse(query, key)} if given_lse else {}
+    before = received_by(target, query, key, **options)
+    # the first query of head 2; a key that only the last 15 queries see, of heads 2 and 3
+    for tensor, place in ((query, (1, 2, 0)), (key, (1, 1, 35))):
+        original, tensor[place] = tensor[place].clone(), bad
+        received, truth = received_by(target, query, key, **options), float64_received(query, key, **options)
+        tensor[place] = original
+        assert torch.equal(received.isnan(), truth.isnan())
+        others = ~truth.isnan()
+        assert others[0].all() and not others[1].all()
+        assert_same_bits(received[others], before[others])
+
+
+@every_backend
+def test_given_lse(target):
+    """That of attention_mass; any other is taken at its word, and of any strides."""
+    shape = 2, 4, 2, 30, 70, 24
+    query, key = real(*shape)
+    masks = random_masks(shape)
+    received = received_by(target, query, key, **masks)
+    groups = (mask.long() - 1 for mask in masks.values())
+    lse = call(target, "attention_mass", query, key, *groups, 1).lse
+    close(received_by(target, query, key, **masks, lse=lse), received)
+    close(received_by(target, query, key, **masks, lse=lse + 3), received * math.exp(-3))
+    lse = LAYOUTS["strided features"](lse.where(lse != -torch.inf, torch.nan))  # of queries that are not marked
+    close(received_by(target, query, key, **masks, lse=lse), received)
+
+
+@every_backend
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_batch_rows_do_not_meet(target, given_lse):
+    def answer(query, key, query_mask, key_mask, lse):
+        lse = lse if given_lse else None
+        return received_by(target, query, key, query_mask=query_mask, key_mask=key_mask, lse=lse)
+
+    for shape in ((3, 4, 2, 40, 60, 16), (3, 2, 1, 1, size(target, 3000, 600), 16)):
+        rows = form_inputs(0, shape)
+        alone = answer(*rows)[1]
+        for neighbour in (torch.nan, 0.0, 1e4):
+            crowded = [torch.full_like(t, neighbour if t.is_floating_point() else 1) for t in rows]
+            for theirs, mine in zip(crowded, rows):
+                theirs[1] = mine[1]
+            assert_same_bits(answer(*crowded)[1], alone)
+        single = answer(*(t[1] for t in rows))
+        (close if target.backend == "reference" else assert_same_bits)(single, alone)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 20, 50, 64), (2, 4, 2, 1, 50, 64)], ids=str)
+def test_strides_change_no_bit(target, shape, dtype):
+    query, key, *masks, lse = form_inputs(0, shape, dtype)
+
+    def both(query, key, query_mask, key_mask, lse):
+        masks = {"query_mask": query_mask, "key_mask": key_mask}
+        return received_by(target, query, key, **masks), received_by(target, query, key, **masks, lse=lse)
+
+    plain = both(query, key, *masks, lse)
+    for name in LAYOUTS.keys() - {"one head"}:
+        side = strategies.LAYOUTS.get(name, torch.clone)
+        own = *(LAYOUTS[name](t) for t in (query, key)), *(side(t) for t in (*masks, lse))
+        assert_same_bits(both(*own), plain)
+
+
+@on(NATIVE)
+def test_threads_change_no_bit(target):
+    for shape in ((2, 4, 2, 200, 300, 40), (1, 4, 4, 1, 3000, 40)):
+        inputs = form_inputs(0, shape)
+        with pruneops.backend(target.backend):
+            contract.assert_threads_change_no_bit(lambda inputs=inputs: every_form(*inputs))
+
+
+@on(REFERENCE, NATIVE)
+def test_threads_of_a_program(target):
+    """Calls from several threads at once give the answers of calls in turn."""
+    calls = [functools.partial(every_form, *form_inputs(seed, (2, 4, 2, 50, 90, 20))) for seed in range(4)]
+    results = contract.all_at_once(target, calls)
+    with pruneops.backend(target.backend):
+        assert_same_bits(results, [call() for call in calls])
+
+
+# Relations between answers
+
+
+@every_backend
+@given(case=real_cases())
+@settings(max_examples=12)
+def test_sums(target, case):
+    """Over all keys, the marked queries that see one; over masks that share no query, that of their union."""
+    query, key, options = case
+    received = received_by(target, query, key, **options)
+    masks = options["query_mask"], options["key_mask"]
+    sighted = attention(query, key, *masks, causal=options["causal"])[1].isfinite()
+    close(received.sum(-1), sighted.sum(-1))
+    assert (received.where(masks[1][:, None], 0.0) == received).all()
+    odd = torch.arange(query.shape[2]) % 2 == 1
+    parts = (received_by(target, query, key, **{**options, "query_mask": masks[0] & part}) for part in (odd, ~odd))
+    close(sum(parts), received)
+
+
+@every_backend
+@given(case=real_cases(), more=st.integers(1, 40))
+@settings(max_examples=8)
+def test_padding_and_order_of_heads(target, case, more):
+    """Keys that nobody sees on the left, masked tokens on the right, heads in another order."""
+    query, key, options = case
+    received = received_by(target, query, key, **options)
+    more_keys, more_queries = key[:, :, :1].expand(-1, -1, more, -1), query[:, :, :1].expand(-1, -1, more, -1)
+    nobody = torch.zeros(len(key), more, dtype=torch.bool)
+    left = {**options, "key_mask": torch.cat([nobody, options["key_mask"]], 1)}
+    padded = received_by(target, query, torch.cat([more_keys, key], 2), **left)
+    close(padded[..., more:], received)
+    assert (padded[..., :more] == 0).all()
+    right = {name: torch.cat([options[name], nobody], 1) for name in ("query_mask", "key_mask")}
+    padded = received_by(
+        target, torch.cat([query, more_queries], 2), torch.cat([key, more_keys], 2), **{**options, **right}
+    )
+    close(padded[..., :-more], received)
+    H, Hk = query.shape[1], key.shape[1]
+    heads = torch.arange(H).view(Hk, -1).flip(0, 1).flatten()
+    close(received_by(target, query[:, heads], key.flip(1), **options), received[:, heads])
+
+
+def every_form(query, key, query_mask, key_mask, lse):
+    """All forms of a call: all rows and some, with lse given, unmasked, decode, unbatched."""
+    masks = {"query_mask": query_mask, "key_mask": key_mask}
+    return (
+        pruneops.attention_received(query, key),
+        pruneops.attention_received(query, key, **masks),
+        pruneops.attention_received(query, key, **masks, lse=lse),
+        pruneops.attention_received(query[:, :, -1:], key, key_mask=key_mask),
+        pruneops.attention_received(query[0], key[0], query_mask=query_mask[0], causal=False, scale=0.1),
+    )
+
+
+def form_inputs(seed, shape=(2, 4, 2, 300, 500, 64), dtype=torch.float32):
+    """[query, key, query_mask, key_mask, lse]"""
+    lse = torch.randn(shape[:2] + shape[3:4], generator=torch.Generator().manual_seed(seed))
+    masks = random_masks(shape, seed)
+    masks["query_mask"][:, -1] = True
+    return [*real(*shape, seed, dtype), *masks.values(), lse]
+
+
+# Edges
+
+
+@every_backend
+@pytest.mark.parametrize("shape", EDGES, ids=str)
+def test_edges(target, shape):
+    """No batch, no queries, no keys, no heads, one of each."""
+    B, H, _, Sq, *_ = shape
+    query, key = real(*shape)
+    for options in ({}, {"query_mask": bools(B, Sq), "causal": False}, {"lse": torch.zeros(B, H, Sq)}):
+        close(received_by(target, query, key, **options), float64_received(query, key, **options))
+
+
+@every_backend
+def test_no_gradient(target):
+    query, key, *others = contract.moved(form_inputs(0, (2, 4, 2, 5, 7, 4)), target.device)
+    with pruneops.backend(target.backend):
+        results = every_form(query.requires_grad_(), key.requires_grad_(), *others)
+    assert not any(result.requires_grad for result in results)
+
+
+@on(*contract.CPU_TARGETS)
+def test_offsets_past_two_to_the_31(target, tmp_path):
+    """Tokens, heads, masks and lse far apart in sparse files."""
+    shape = 2, 4, 2, 3, 5, 16
+    query, key, options = counting(*shape, torch.Generator().manual_seed(0))
+    options |= random_masks(shape)
+    truth = float64_received(query, key, **options).float()
+    far = functools.partial(contract.far_apart, tmp_path)
+    options = {name: far(t, t.dim() - 1) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    with pruneops.backend(target.backend):  # `call` would copy the files
+        for dim in (0, 1, 2):
+            assert_same_bits(pruneops.attention_received(far(query, dim), far(key, dim), **options), truth)
+
+
+@on(NATIVE)
+def test_memory(target):
+    """Far below the matrix of 1.8 GB, and in decode below the 134 MB of the keys."""
+    for extra in native_memory("pruneops.attention_received(query, key)"):
+        assert extra < 20e6, f"{extra / 1e6:.0f} MB beyond the input"
+
+
+# Triton
+
+
+@on(*TRITON_TARGETS)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4, 2, 45, 70, 33), (1, 7, 1, 20, 40, 16), (1, 8, 2, 2, 150, 20)], ids=str)
+def test_triton_small_tiles(target, shape, whole, monkeypatch):
+    """Many blocks in every loop of the kernels, keys split over programs in decode."""
+    from pruneops.triton_kernels import attention_received as kernels
+
+    small_tiles(monkeypatch, whole)
+    _, H, Hk, *_ = shape
+    heads = 2 ** math.ceil(math.log2(H // Hk))
+    tile = {"BLOCK_T": 16 // heads, "R_PAD": heads, "BLOCK_N": 16, "BLOCK_D": 64 if whole else 16, "WHOLE": whole}
+    monkeypatch.setattr(kernels, "tiles", lambda *_: {**tile, "num_warps": 4, "num_stages": 2})
+    for kind, causal in ((ranked, True), (counting, True), (counting, False)):
+        query, key, options = kind(*shape, torch.Generator().manual_seed(0))
+        assert_exact(target, query, key, {**options, **random_masks(shape), "causal": causal})
+    query, key = real(*shape)
+    close(received_by(target, query, key), float64_received(query, key))
+
+
+TRITON_LAUNCHES = """
+from pruneops.triton_kernels import attention_mass, attention_received as kernels
+
+attention_mass.multiprocessors = lambda device: 132
+for Sq, Sk in ((50, 50), (51, 70), (1000, 3001), (64, 32), (1, 1), (1, 17), (1, 3000)):
+    query, key = (torch.ones(3, S, h, 64, dtype=torch.bfloat16) for S, h in ((Sq, 4), (Sk, 2)))
+    marked, seen = (torch.ones(3, S, dtype=torch.bool) for S in (Sq, Sk))
+    for batch in (1, 3):
+        args = [t[:batch].transpose(1, 2) for t in (query, key)]
+        for masks in ((None, None), (marked[:batch], seen[:batch])):
+            kernels.attention_received(*args, *masks, Sq > 1, 0.1, None)
+            kernels.attention_received(*args, *masks, Sq > 1, 0.2, torch.ones(3, 4, Sq)[:batch])
+"""
+
+
+def test_triton_launchers_compile():
+    """Every form launches as it would on a card; other lengths, batches and scales compile nothing anew."""
+    launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
+    # lists in prefill; sums, their end and the answer without lse, the answer with it
+    assert launched == 2 * 2 * (4 * (2 + 4) + 3 * 4)
+    assert compiled == 2 * (4 + 3)  # with masks and without, in prefill and in decode
+
+
+def test_triton_memory():
+    """Beside the answer a few floats a row, in decode for every split of the keys."""
+    call = "kernels.attention_received(query, key, None, key_group > 0, True, 1.0, None)"
+    prefill, decode = triton_memory("attention_received", call)
+    assert prefill < 4 * (8 * 20000 + 4 * 8 * 20000 + 20000 + 20000 / 16)
+    assert decode < 4 * 8 * 2**17 + 3e5
+
+
+# Compilation
+
+
+def samples():
+    """(query, key, options)"""
+    query, key, query_mask, key_mask, lse = form_inputs(0, (2, 4, 2, 5, 7, 6))
+    return [
+        (query, key, {}),
+        (query, key, {"query_mask": query_mask, "key_mask": key_mask, "lse": lse, "causal": False}),
+        (LAYOUTS["tokens before heads"](query).half(), key.half(), {"scale": 0.1, "query_mask": query_mask}),
+        (query[0].bfloat16(), LAYOUTS["transposed"](key[0]).bfloat16(), {"key_mask": key_mask[0]}),
+    ]
+
+
+@every_backend
+@pytest.mark.parametrize("sample", range(4))
+def test_opcheck(target, sample):
+    query, key, options = samples()[sample]
+    contract.opcheck(target, "attention_received", query, key, **options)
+
+
+def pruned(x, y, k):
+    """What a model does with the operator: FastV's choice of the keys that the last query attends to most."""
+    query, key = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (x, y))
+    last = torch.arange(x.shape[1], device=x.device).eq(x.shape[1] - 1).expand(x.shape[0], -1)
+    received = pruneops.attention_received(query, key, query_mask=last, key_mask=y[..., 0] > -1)
+    kept = received.mean(1).topk(k).indices.sort().values
+    return y.gather(1, kept[..., None].expand(-1, -1, y.shape[2])) * 2, received
+
+
+@every_backend
+def test_compile_without_graph_break(target):
+    sizes = (12, 19, 3, 2), (20, 20, 7, 4), (31, 40, 16, 6)
+    calls = [(torch.randn(2, Sq, H * 8), torch.randn(2, Sk, H // 2 * 8), k) for Sq, Sk, k, H in sizes]
+    contract.assert_compiles(target, pruned, calls)
+
+
+def test_compile_with_inductor():
+    calls = "[(torch.randn(2, N, 32), torch.randn(2, N + 3, 16), N // 3) for N in (12, 20)]"
+    contract.assert_compiles_with_inductor(__name__, "pruned", calls)
+
+
+# Errors
+
+QUERY, KEY, MARKED, SEEN, _ = form_inputs(0, (2, 4, 2, 5, 6, 8))
+GOOD = {"query": QUERY, "key": KEY}
+BAD = attention_errors("attention_received", GOOD)
+bad = functools.partial(Bad, "attention_received", GOOD)
+BAD += [
+    bad(TypeError, "query_mask", "torch.int64", "bool", query_mask=MARKED.long()),
+    bad(TypeError, "key_mask", "torch.uint8", "bool", key_mask=SEEN.byte()),
+    bad(ValueError, "query_mask", "of shape [2, 6]", "of shape [2, 5]", query_mask=SEEN),
+    bad(ValueError, "query_mask", "of shape [5]", "of shape [2, 5]", query_mask=MARKED[0]),
+    bad(ValueError, "key_mask", "of shape [2, 5]", "of shape [2, 6]", key_mask=MARKED),
+    bad(ValueError, "key_mask", "of shape [2, 4, 6]", "of shape [2, 6]", key_mask=bools(2, 4, 6)),
+    bad(ValueError, "query_mask", "on meta", "on the device of query, cpu", query_mask=MARKED.to("meta")),
+]
+
+
+@refused(BAD)
+def test_errors(bad):
+    bad.assert_refused()
+
+
+@refused(BAD)
+def test_errors_without_values(bad):
+    bad.assert_refused_without_values()
+
+
+@refused([bad for bad in BAD if bad.argument == "query_mask" and bad.error is ValueError])
+def test_errors_under_compile(bad):
+    bad.assert_refused_under_compile()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        *ATTENTION_TYPES,
+        ({"query_mask": [True]}, "query_mask must be Tensor or NoneType, got list"),
+        ({"key_mask": 1}, "key_mask must be Tensor or NoneType, got int"),
+    ],
+)
+def test_errors_of_type(changes, words):
+    assert_type_refused("attention_received", {**GOOD, **changes}, words)
+
+
+def test_no_cuda_kernel(monkeypatch):
+    assert_no_cuda_kernel(monkeypatch, "attention_received", QUERY, KEY)
+
+
+# CUDA
+
+
+@CUDA_KERNELS
+@cuda_checks.every_check
+def test_cuda(target, check):
+    check(target, every_form, lambda seed: contract.moved(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
+
+
+@CUDA_KERNELS
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cuda_offsets_past_two_to_the_31(target, queries):
+    """Keys spread over 2^31 elements."""
+    shape = 2, 4, 2, queries, 300, 16
+    query, key, options = counting(*shape, torch.Generator().manual_seed(0))
+    options, gap = {**options, **random_masks(shape)}, 2**31 // 299 // 16 * 16 + 32
+    truth = float64_received(query, key, **options).float()
+    room = torch.empty(300 * gap, dtype=torch.bfloat16, device="cuda")
+    far = room.as_strided(key.shape, (32, 16, gap, 1)).copy_(key)
+    with pruneops.backend(target.backend):
+        received = pruneops.attention_received(query.bfloat16().cuda(), far, **contract.moved(options, "cuda"))
+    assert_same_bits(received.cpu(), truth)
+
+
+@CUDA_KERNELS
+def test_cuda_memory(target):
+    """A few floats a row; the matrix would take 8.6 GB."""
+    query, key = contract.moved(real(1, 8, 2, 2**14, 2**14, 64, dtype=torch.bfloat16), "cuda")
+    with pruneops.backend(target.backend):
+        pruneops.attention_received(query, key)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        pruneops.attention_received(query, key)
+        assert torch.cuda.max_memory_allocated() - before < 4 * 6 * 8 * 2**14
