@@ -144,13 +144,15 @@ void Attention::sum(bool all) {
   };
   const AttentionKernels& kernels = attention_kernels();
   std::vector<Task> tasks;
+  int64_t work = 0;
   for (const Heads& h : heads) {
     if (!all && !h.logits) continue;
+    work += h.rows * h.key_count * h.width;
     const int64_t panels = h.few() ? 1 : (h.rows + kernels.panel - 1) / kernels.panel;
     for (int64_t panel = panels; panel-- > 0;)  // those that see most come first
       for (int64_t chunk = 0; chunk < h.chunks; ++chunk) tasks.push_back({&h, panel * kernels.panel, chunk});
   }
-  each(tasks.size(), [&](int64_t i) {
+  each(tasks.size(), work, [&](int64_t i) {
     const Heads& h = *tasks[i].heads;
     const int64_t chunk = tasks[i].chunk, begin = chunk * kChunk;
     const int64_t end = h.chunks == 1 ? h.key_count : std::min(begin + kChunk, h.key_count);

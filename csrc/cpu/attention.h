@@ -75,7 +75,8 @@ class Attention {
   void keep_logits();
   // The states of all rows, or only of those that keep their logits: one pass over the keys.
   void sum(bool all);
-  // What the states of row r say.
+  // What the states of row r say; about kRowWork multiplications.
+  static constexpr int64_t kRowWork = 256;
   RowSums row(const Heads& h, int64_t r) const;
 
   std::vector<Visible> visible;  // [B]
@@ -85,11 +86,11 @@ class Attention {
   std::unique_ptr<Buffer> states_, logits_;
 };
 
-// body(i) for i from 0 to count, each on whichever thread is free.
+// body(i) for i from 0 to count, each on whichever thread is free; `work`, in multiplications, says how many are woken.
 template <class Body>
-void each(int64_t count, const Body& body) {
+void each(int64_t count, int64_t work, const Body& body) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t threads = std::min<int64_t>({count, torch::stable::get_num_threads(), 1 + (work >> 18)});
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1)) < count;) body(i);
   });

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> attention_mass(Tensor query, Tensor key, Tensor query
   Tensor lse_result = torch::stable::new_empty(query, {batch, heads, queries}, ScalarType::Float);
   float* all_mass = static_cast<float*>(mass_result.mutable_data_ptr());
   float* all_lse = static_cast<float*>(lse_result.mutable_data_ptr());
-  each(batch * heads, [&](int64_t i) {
+  each(batch * heads, batch * heads * queries * Attention::kRowWork, [&](int64_t i) {
     const int64_t b = i / heads;
     const Visible& visible = attention.visible[b];
     const Heads& own = attention.heads[i / (heads / key.size(1))];

@@ -42,7 +42,7 @@ Tensor attention_received(Tensor query, Tensor key, std::optional<Tensor> query_
 
   Buffer own_lse(lse ? 0 : batch * heads * queries);
   if (!lse)
-    each(attention.heads.size(), [&](int64_t i) {
+    each(attention.heads.size(), batch * heads * queries * Attention::kRowWork, [&](int64_t i) {
       Heads& h = attention.heads[i];
       float* to = own_lse + i * h.heads * queries;
       for (int64_t r = 0; r < h.rows; ++r)
@@ -59,12 +59,15 @@ Tensor attention_received(Tensor query, Tensor key, std::optional<Tensor> query_
     float* received;
   };
   std::vector<Task> tasks;
-  for (const Heads& h : attention.heads)
+  int64_t work = 0;
+  for (const Heads& h : attention.heads) {
+    work += h.rows * h.key_count * (h.few() ? 32 : h.width);
     for (int64_t head = 0; head < h.heads; ++head, received += keys)
       for (int64_t begin = 0; begin < h.key_count; begin += h.few() ? h.key_count : kChunk)
         tasks.push_back({&h, head, begin, received});
+  }
   const AttentionKernels& kernels = attention_kernels();
-  each(tasks.size(), [&](int64_t i) {
+  each(tasks.size(), work, [&](int64_t i) {
     const auto& [all, head, begin, to] = tasks[i];
     if (all->few()) return kernels.few_received(*all, head, to);
     Heads h = *all;
