@@ -33,7 +33,7 @@ REDUCE = {"BLOCK_S": 128, "num_warps": 4}
 
 _kernel = triton.jit(
     do_not_specialize=(
-        "B", "H", "R", "Sq", "Sk", "tiles", "splits", "scale",
+        "B", "H", "R", "Sq", "Sk", "groups", "tiles", "splits", "scale",
         "group_b", "group_s", "key_group_b", "key_group_s", "lse_b", "lse_h", "lse_s",
     ),
     do_not_specialize_on_alignment=("group", "key_group", "rows", "codes", "control", "sums", "tops", "lse", "mass"),
@@ -41,21 +41,21 @@ _kernel = triton.jit(
 
 
 @triton.jit
-def group_of(group, offset, inside, KIND: tl.constexpr):
-    """Groups behind a pointer, -1 outside. KIND: 0 there is none, all are of group 0; 1 groups; 2 a mask."""
+def group_of(group, offset, inside, G, KIND: tl.constexpr):
+    """Groups behind a pointer; -1 outside and past G. KIND: 0 none, all are of group 0; 1 groups; 2 a mask."""
     if KIND == 0:
         found = tl.where(inside, 0, -1)
     else:
         found = tl.load(group + offset, mask=inside, other=0).to(tl.int32)
         if KIND == 2:
             found = tl.where(found != 0, 0, -1)
-        found = tl.where(inside, found, -1)
+        found = tl.where(inside & (found < G), found, -1)
     return found
 
 
 @_kernel
 def _attention_list_kernel(
-    group, key_group, rows, codes, control, group_b, group_s, key_group_b, key_group_s, Sq, Sk,
+    group, key_group, rows, codes, control, group_b, group_s, key_group_b, key_group_s, Sq, Sk, groups,
     QUERY: tl.constexpr, KEY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """rows [B, Sq]: the counted ones; control [B, 3]: how many, first and last block with a key; codes [B, blocks]."""
@@ -64,7 +64,7 @@ def _attention_list_kernel(
     count = tl.full([], 0, tl.int32)
     for start in range(0, Sq, BLOCK_S):
         s = start + lane
-        live = group_of(group, b * group_b + s.to(tl.int64) * group_s, s < Sq, QUERY) >= 0
+        live = group_of(group, b * group_b + s.to(tl.int64) * group_s, s < Sq, groups, QUERY) >= 0
         place = count + tl.cumsum(live.to(tl.int32), 0) - 1
         tl.store(rows + b * Sq + place, s, mask=live)
         count += tl.sum(live.to(tl.int32), 0)
@@ -76,7 +76,7 @@ def _attention_list_kernel(
     for start in range(0, blocks, TILE):
         block = start + tl.arange(0, TILE)
         s = block[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        found = group_of(key_group, b * key_group_b + s.to(tl.int64) * key_group_s, s < Sk, KEY)
+        found = group_of(key_group, b * key_group_b + s.to(tl.int64) * key_group_s, s < Sk, groups, KEY)
         low, high = tl.min(found, 1), tl.max(found, 1)
         tl.store(codes + b * blocks + block, tl.where(low == high, high, MIXED), mask=block < blocks)
         first = tl.minimum(first, tl.min(tl.where(high >= 0, block, blocks), 0))
@@ -139,7 +139,7 @@ def _attention_sums_kernel(
     if LISTED:
         position = tl.load(rows + b * Sq + t, mask=ok, other=0)
     else:
-        ok = group_of(group, b * group_b + t.to(tl.int64) * group_s, ok, QUERY) >= 0
+        ok = group_of(group, b * group_b + t.to(tl.int64) * group_s, ok, G, QUERY) >= 0
     sight = tl.where(ok, Sk - 1, -1)  # last key that a row may see
     if CAUSAL:
         sight = tl.where(ok, position + Sk - Sq, -1)
@@ -165,7 +165,7 @@ def _attention_sums_kernel(
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         keys = key + b * key_b + key_head * key_h + n.to(tl.int64) * key_s
         s = logits(queries, keys, ok, n < Sk, q, D, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE) * (scale * LOG2E)
-        found = group_of(key_group, b * key_group_b + n.to(tl.int64) * key_group_s, n < Sk, KEY)
+        found = group_of(key_group, b * key_group_b + n.to(tl.int64) * key_group_s, n < Sk, G, KEY)
         code = tl.full([], MIXED, tl.int32)
         if LISTED:
             code = tl.load(codes + b * blocks + block)
@@ -205,7 +205,7 @@ def _attention_reduce_kernel(
     if not HAS_LSE:
         for start in range(0, Sq, BLOCK_S):
             s = start + lane
-            live = group_of(group, b * group_b + s.to(tl.int64) * group_s, s < Sq, QUERY) >= 0
+            live = group_of(group, b * group_b + s.to(tl.int64) * group_s, s < Sq, G, QUERY) >= 0
             tl.store(lse + row + s, -INF, mask=(s < Sq) & (live == 0))
     count = Sq
     if LISTED:
@@ -216,7 +216,7 @@ def _attention_reduce_kernel(
         position = t
         if LISTED:
             position = tl.load(rows + b * Sq + t, mask=t < count, other=0)
-        found = group_of(group, b * group_b + position.to(tl.int64) * group_s, t < count, QUERY)
+        found = group_of(group, b * group_b + position.to(tl.int64) * group_s, t < count, G, QUERY)
         ok = found >= 0
         top = tl.full([BLOCK_S], -INF, tl.float32)
         total = tl.zeros([BLOCK_S, GROUPS], tl.float32)
@@ -251,7 +251,7 @@ def attention_mass(query, key, query_group, key_group, groups, causal, scale, ls
         found = torch.full((B, H, Sq), -torch.inf, device=query.device) if lse is None else lse.clone()
         return mass.zero_(), found
     with on(query.device):
-        lists = Lists(query, key, query_group, key_group)
+        lists = Lists(query, key, query_group, key_group, groups)
         found = _sums(query, key, lists, groups, causal, scale, lse, mass, 1)
     return mass, found
 
@@ -264,7 +264,7 @@ def readable(query, key):
 class Lists:
     """Which rows and keys there are: groups, masks or None, and in prefill the lists made of them."""
 
-    def __init__(self, query, key, query_group, key_group):
+    def __init__(self, query, key, query_group, key_group, groups):
         (self.group, self.query_kind), (self.key_group, self.key_kind) = _kind(query_group), _kind(key_group)
         B, H, Sq, D = query.shape
         Sk = key.shape[2]
@@ -278,7 +278,7 @@ class Lists:
             self.rows, self.control = torch.empty(B, Sq, **ints), torch.empty(B, 3, **ints)
             self.codes = torch.empty(B, triton.cdiv(Sk, block), **ints)
             _attention_list_kernel[B,](
-                self.group, self.key_group, self.rows, self.codes, self.control, *self.strides, Sq, Sk,
+                self.group, self.key_group, self.rows, self.codes, self.control, *self.strides, Sq, Sk, groups,
                 QUERY=self.query_kind, KEY=self.key_kind, BLOCK_N=block, **LIST, **OPTIONS,
             )  # fmt: skip
 

@@ -41,7 +41,7 @@ def _attention_received_kernel(
     key_head = (tl.program_id(0) // blocks % (H // R)).to(tl.int64)
     b = (tl.program_id(0) // blocks // (H // R)).to(tl.int64)
     keys = key + b * key_b + key_head * key_h + n.to(tl.int64) * key_s
-    attended = group_of(key_group, b * key_group_b + n.to(tl.int64) * key_group_s, n < Sk, KEY) >= 0
+    attended = group_of(key_group, b * key_group_b + n.to(tl.int64) * key_group_s, n < Sk, 1, KEY) >= 0
     m = tl.arange(0, BLOCK_T * R_PAD)
     h = key_head * R + m % R_PAD
     lane = tl.arange(0, BLOCK_D)
@@ -63,7 +63,7 @@ def _attention_received_kernel(
         if LISTED:
             position = tl.load(rows + b * Sq + t, mask=ok, other=0)
         else:
-            ok = group_of(group, b * group_b + t.to(tl.int64) * group_s, ok, QUERY) >= 0
+            ok = group_of(group, b * group_b + t.to(tl.int64) * group_s, ok, 1, QUERY) >= 0
         queries = query + b * query_b + h * query_h + position.to(tl.int64) * query_s
         q = tl.zeros([BLOCK_T * R_PAD, 1], tl.float32)
         if WHOLE:
@@ -91,7 +91,7 @@ def attention_received(query, key, query_mask, key_mask, causal, scale, lse):
         return received.zero_()
     config = tiles(access(query), access(key), D, H // Hk, Sq)
     with on(query.device):
-        lists = Lists(query, key, query_mask, key_mask)
+        lists = Lists(query, key, query_mask, key_mask, 1)
         lse = row_lse(query, key, lists, causal, scale) if lse is None else lse
         _attention_received_kernel[B * Hk * triton.cdiv(Sk, config["BLOCK_N"]),](
             query, key, lse, lists.group, lists.key_group, lists.rows, lists.control, received,

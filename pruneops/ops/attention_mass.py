@@ -70,8 +70,7 @@ def attention_mass(query, key, query_group, key_group, groups, *, causal=True, s
     ------
     ValueError, TypeError
         On bad arguments, before anything is launched. Group values are checked on CPU always, on
-        CUDA when PRUNEOPS_DEBUG=1; an unchecked group beyond the last is counted nowhere as a query, and
-        as a key takes its share of the softmax and is reported nowhere.
+        CUDA when PRUNEOPS_DEBUG=1; an unchecked group beyond the last counts as -1.
 
     Notes
     -----

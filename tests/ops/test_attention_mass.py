@@ -307,7 +307,8 @@ def test_batch_rows_do_not_meet(target, given_lse):
                 theirs[1] = mine[1]
             assert_same_bits([result[1] for result in answer(*crowded)], alone)
         single = list(answer(*(t[1] for t in rows)))
-        (close if target.backend == "reference" else assert_same_bits)(single, alone)
+        same = target.backend == "cpu" or shape[3] > 1  # Triton splits the keys of few rows by how many there are
+        (assert_same_bits if same and target.backend != "reference" else close)(single, alone)
 
 
 @every_kernel
@@ -489,14 +490,15 @@ def test_triton_small_tiles(target, shape, whole, monkeypatch):
 @pytest.mark.parametrize("given_lse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 1, 40, 130, 8), (1, 2, 1, 1, 130, 8)], ids=str)
 def test_triton_unchecked_groups(target, shape, given_lse):
-    """Where groups are not checked, one beyond the last counts nowhere as a query and takes its share as a key."""
+    """Where groups are not checked, one beyond the last counts as -1."""
     from pruneops.triton_kernels import attention_mass as kernels
 
     query, key = real(*shape)
     query_group, key_group = random_groups(shape)
     query_group[query_group == 1], query_group[:, -1] = 9, 2
     key_group[key_group == 1], key_group[:, 40:80] = 3, 7
-    truth, true_lse = float64_mass(query, key, query_group, key_group, 3)
+    checked = [group.where(group < 3, -1) for group in (query_group, key_group)]
+    truth, true_lse = float64_mass(query, key, *checked, 3)
     given = true_lse.float() if given_lse else None
     args = contract.moved((query, key, query_group, key_group, 3, True, shape[-1] ** -0.5, given), target.device)
     mass, lse = contract.moved(kernels.attention_mass(*args), "cpu")
