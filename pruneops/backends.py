@@ -51,10 +51,10 @@ def backend(name):
         _forced.reset(token)
 
 
-def choose(device_type, operator, implementations):
+def choose(device_type, operator="this", implementations=BACKENDS):
     """Name of the backend that serves an operator on a device, honouring `backend(...)`.
 
-    `implementations` holds the names of the backends that the operator has.
+    `implementations` holds the names of the backends that the operator has; all by default.
     """
     name = _forced.get()
     if name != "auto":

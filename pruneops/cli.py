@@ -59,7 +59,7 @@ def info():
             "cuda": {"archs": record.get("archs", []), "problem": backends.cuda_problem()},
         },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
-        "operators": list(ops.__all__),
+        "operators": {name: list(has) for name, has in sorted(ops.OPERATORS.items())},
         "backends": {device: _serving(device) for device in AUTO},
     }
 
@@ -130,6 +130,9 @@ def _describe(record):
         words = ["no" if problems[name] else "auto" if name == serving["auto"] else "yes" for name in BACKENDS]
         lines.append(f"  {device.upper() + ' tensors':<18}" + "".join(f"{word:<11}" for word in words))
         lines += [f"    {name}: {_sentence(problem)}" for name, problem in problems.items() if problem]
+    for name in BACKENDS:
+        lacking = ", ".join(operator for operator, has in record["operators"].items() if name not in has)
+        lines += ["", *textwrap.wrap(f"without {name}: {lacking}", 110)] if lacking else []
     lines += ["", "auto: taken unless `with pruneops.backend(...)` asks for another."]
     return "\n".join(line.rstrip() for line in lines)
 

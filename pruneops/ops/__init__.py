@@ -1,5 +1,6 @@
 """The operators: schema, argument checks, fake kernel and choice of backend."""
 
+from ._library import OPERATORS as OPERATORS
 from .assign_ranks import assign_ranks
 from .attention_mass import attention_mass, cross_modal_ratio, group_distribution
 from .attention_received import attention_received

@@ -8,6 +8,7 @@ import torch
 from .. import backends
 
 _library = torch.library.Library("pruneops", "DEF")
+OPERATORS = {}  # name -> backends that have it
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT = (int, torch.SymInt)
@@ -39,6 +40,7 @@ def define(schema, check, fake, implementations):
     """
     name = schema.partition("(")[0]
     qualified = f"pruneops::{name}"
+    OPERATORS[name] = tuple(implementations)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     @torch.no_grad()
