@@ -18,7 +18,7 @@ from .attention_mass import (
     TEXT,
     attention_case,
     blocks,
-    fused_seconds,
+    forward_seconds,
     heads_cost,
     heads_of_tokens,
     live_rows,
@@ -146,7 +146,7 @@ OPERATOR = Operator(
     peers={
         "materialised": Peer(_prepare_column_sum, materialised_seconds),
         "graph": Peer(_prepare_graph, materialised_seconds, devices=("cuda",)),
-        "sdpa forward": Peer(prepare_forward, fused_seconds),
+        "sdpa forward": Peer(prepare_forward, forward_seconds),
     },
     sanitize=sanitize,
 )
