@@ -23,7 +23,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
     """An argument of the wrong type: TypeError from `pruneops.<op>`, RuntimeError through `torch.ops`."""
 
 
-def define(schema, check, fake, implementations):
+def define(schema, check, fake, implementations, *, own_checks=(), gradient=None):
     """Define `pruneops::<op>` from its schema.
 
     Parameters
@@ -37,6 +37,11 @@ def define(schema, check, fake, implementations):
         Empty outputs of the exact shapes.
     implementations : dict
         Backend name -> function of the operator's arguments.
+    own_checks : tuple of str
+        Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched; `check` is
+        called to say what is wrong then, and saves its time otherwise.
+    gradient : (backward, setup_context), optional
+        For `torch.library.register_autograd`; without it the operator has no gradient.
     """
     name = schema.partition("(")[0]
     qualified = f"pruneops::{name}"
@@ -44,9 +49,18 @@ def define(schema, check, fake, implementations):
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     @torch.no_grad()
-    def run(first, *args, **kwargs):
-        check(first, *args, **kwargs)
-        return implementations[backends.choose(first.device.type, name, implementations)](first, *args, **kwargs)
+    def run(*args, **kwargs):
+        # of operators on lists of tensors, the second argument is a tensor
+        device = (args[0] if isinstance(args[0], torch.Tensor) else args[1]).device
+        chosen = backends.choose(device.type, name, implementations)
+        if chosen not in own_checks:
+            check(*args, **kwargs)
+            return implementations[chosen](*args, **kwargs)
+        try:
+            return implementations[chosen](*args, **kwargs)
+        except RuntimeError:
+            check(*args, **kwargs)
+            raise
 
     def run_fake(*args, **kwargs):
         check(*args, **kwargs)
@@ -55,7 +69,10 @@ def define(schema, check, fake, implementations):
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(qualified, run_fake, lib=_library)
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # selections have no gradient
+    if gradient is None:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(qualified, gradient[0], setup_context=gradient[1], lib=_library)
 
 
 def is_concrete(tensor):

@@ -1,0 +1,143 @@
+"""Gathering tokens: schema, argument checks, fake kernel, gradient, choice of backend."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import INT, ArgumentTypeError, define, expect, expect_indices, expect_type, is_concrete
+from .kv_compact import _expect_types, expect_same_device
+
+
+def gather_tokens(tensors, keep, dim=1):
+    """Keep some of the tokens of any number of tensors: hidden states, positions, masks, in one launch.
+
+    For a tensor [B, S, ...], result[b, r] = tensor[b, keep[b, r]].
+
+    Parameters
+    ----------
+    tensors : list of Tensor, any dtype
+        Of any shapes and strides. Where keep has rows the batch stands right before the tokens, [..., B, S, ...], and
+        may be 1: then all rows share it.
+    keep : Tensor [B, K] or [K], int64
+        Tokens to keep, in any order, repetitions allowed; [K] where there is no batch.
+    dim : int or list of int
+        Where the tokens are: of all tensors, or of each. Hidden states [B, S, D] and masks [B, S]: 1; mRoPE positions
+        [3, B, S] or [4, B, S]: 2, or -1.
+
+    Returns
+    -------
+    list of Tensor [..., B, K, ...]
+        Contiguous, of the tensors' dtypes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched. Values of keep are checked on CPU always, on CUDA when
+        PRUNEOPS_DEBUG=1; unchecked ones outside a tensor read memory that is not its own.
+
+    Notes
+    -----
+    Differentiable with respect to floating-point tensors; gradients of a token kept twice add up in a fixed order.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> hidden, positions = torch.arange(8.0).reshape(1, 4, 2), torch.arange(4).expand(3, 1, 4)
+    >>> hidden, positions = pruneops.gather_tokens([hidden, positions], torch.tensor([[0, 3]]), dim=[1, 2])
+    >>> hidden
+    tensor([[[0., 1.],
+             [6., 7.]]])
+    >>> positions[0]
+    tensor([[0, 3]])
+    """
+    _expect_types("gather_tokens", "tensors", tensors, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
+    for i, one in enumerate(dim if isinstance(dim, (list, tuple)) else ()):
+        expect_type("gather_tokens", **{f"dim[{i}]": (one, INT)})
+    return torch.ops.pruneops.gather_tokens(tensors, keep, dim)
+
+
+def _dims(tensors, dim):
+    """The token dimension of every tensor, counted from the first."""
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    dims = dims * len(tensors) if len(dims) == 1 else dims
+    return [own + tensor.dim() if own < 0 else own for tensor, own in zip(tensors, dims)]
+
+
+def _check(tensors, keep, dim=1):
+    op = "gather_tokens"
+    expect(len(tensors) > 0, op, "tensors", "an empty list", "at least one tensor")
+    count = 1 if isinstance(dim, int) else len(dim)
+    expect(count in (1, len(tensors)), op, "dim", f"{count} of them", f"one, or one for each of {len(tensors)} tensors")
+    expect_same_device(op, "tensors", tensors)
+    expect(keep.dtype == torch.int64, op, "keep", keep.dtype, "int64", ArgumentTypeError)
+    expect(keep.dim() in (1, 2), op, "keep", f"of shape {list(keep.shape)}", "[K] or [B, K]")
+    there = f"the device of tensors[0], {tensors[0].device}"
+    expect(keep.device == tensors[0].device, op, "keep", f"on {keep.device}", f"on {there}")
+    batched = keep.dim() == 2
+    for i, (tensor, own) in enumerate(zip(tensors, _dims(tensors, dim))):
+        shape = f"of shape {list(tensor.shape)}"
+        least = "1 (the batch stands before it)" if batched else "0"
+        fits = int(batched) <= own < tensor.dim()
+        expect(fits, op, "dim", f"{own} for tensors[{i}] {shape}", f"{least} to {tensor.dim() - 1}")
+        if batched:
+            wanted = f"with {keep.shape[0]} rows, as keep, or 1, in dimension {own - 1}"
+            expect(tensor.shape[own - 1] in (1, keep.shape[0]), op, f"tensors[{i}]", shape, wanted)
+    if is_concrete(keep) and keep.numel():
+        fewest = min(tensor.shape[own] for tensor, own in zip(tensors, _dims(tensors, dim)))
+        expect_indices(op, "keep", keep, 0, fewest)
+
+
+def _fake(tensors, keep, dim=1):
+    results = []
+    for tensor, own in zip(tensors, _dims(tensors, dim)):
+        before = (*tensor.shape[: own - 1], keep.shape[0]) if keep.dim() == 2 else tensor.shape[:own]
+        results.append(tensor.new_empty((*before, keep.shape[-1], *tensor.shape[own + 1 :])))
+    return results
+
+
+def _native(tensors, keep, dim=1):
+    return torch.ops.pruneops_native.gather_tokens(tensors, keep, _dims(tensors, dim))
+
+
+def _triton(tensors, keep, dim=1):
+    from ..triton_kernels import gather_tokens as kernels
+
+    return kernels.gather_tokens(tensors, keep, _dims(tensors, dim))
+
+
+def _remember(ctx, inputs, output):
+    tensors, keep, dim = inputs
+    ctx.save_for_backward(keep)
+    ctx.shapes, ctx.dims = [tensor.shape for tensor in tensors], _dims(tensors, dim)
+
+
+def _gradients(ctx, gradients):
+    (keep,) = ctx.saved_tensors
+    found = [
+        None if gradient is None else _scattered(gradient, keep, shape, dim)
+        for gradient, shape, dim in zip(gradients, ctx.shapes, ctx.dims)
+    ]
+    return found, None, None
+
+
+def _scattered(gradient, keep, shape, dim):
+    """The transpose of gathering: every token's gradients added up, in a fixed order."""
+    if keep.dim() == 1:
+        tokens = gradient.movedim(dim, 0)
+        total = tokens.new_zeros(shape[dim], *tokens.shape[1:])
+        return total.index_put((keep,), tokens, accumulate=True).movedim(0, dim)
+    tokens = gradient.movedim((dim - 1, dim), (0, 1))
+    batch = torch.arange(keep.shape[0], device=keep.device)[:, None]
+    batch = batch if shape[dim - 1] == keep.shape[0] else batch * 0  # one row that all share
+    total = tokens.new_zeros(shape[dim - 1], shape[dim], *tokens.shape[2:])
+    return total.index_put((batch, keep), tokens, accumulate=True).movedim((0, 1), (dim - 1, dim))
+
+
+define(
+    "gather_tokens(Tensor[] tensors, Tensor keep, int[1] dim=1) -> Tensor[]",
+    _check,
+    _fake,
+    {"reference": reference.gather_tokens, "cpu": _native, "triton": _triton, "cuda": _native},
+    own_checks=("cpu", "cuda"),
+    gradient=(_gradients, _remember),
+)

@@ -1,0 +1,217 @@
+"""Compaction of key and value caches: schemas, argument checks, fake kernels, choice of backend."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.kv_compact import meant, new_cache
+from ._library import OPTIONAL_TENSOR, define, expect, expect_companion, expect_type, is_concrete
+
+LENGTHS = (torch.int64, torch.int32)
+
+
+def kv_compact(caches, keep, *, lengths=None):
+    """Keep some of the tokens of any number of key and value caches, in new tensors.
+
+    result[b, h, r] = cache[b, h, keep[b, h, r]] for every cache, in one launch at copy speed.
+
+    Parameters
+    ----------
+    caches : list of Tensor [B, Hk, S, D], any dtype
+        Keys and values of all layers. Any strides: caches [B, S, Hk, D] are passed as `.transpose(1, 2)`. Hk, S, D
+        and dtype may differ from cache to cache.
+    keep : Tensor [B, K] or [B, Hk, K], int64
+        Positions to keep, in any order, for all heads or for each.
+    lengths : Tensor [B], int64 or int32, optional
+        How many entries of each row of keep are meant; the others may hold anything.
+
+    Returns
+    -------
+    list of Tensor [B, Hk, K, D]
+        Each lies in memory as its cache does, heads inside of tokens or outside; zeros past `lengths`. Equal
+        caches' results may share one storage.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched. Values of keep and lengths are checked on CPU always, on CUDA
+        when PRUNEOPS_DEBUG=1; unchecked positions outside a cache read memory that is not its own.
+
+    Notes
+    -----
+    Not differentiable.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> cache = torch.arange(4.0).reshape(1, 1, 4, 1)
+    >>> pruneops.kv_compact([cache], torch.tensor([[0, 3]]))[0].flatten()
+    tensor([0., 3.])
+    """
+    _expect_types("kv_compact", "caches", caches, keep=(keep, Tensor), lengths=(lengths, OPTIONAL_TENSOR))
+    return torch.ops.pruneops.kv_compact(caches, keep, lengths=lengths)
+
+
+def kv_compact_(caches, keep, *, lengths=None):
+    """Keep some of the tokens of any number of key and value caches, in place.
+
+    cache[b, h, r] becomes what cache[b, h, keep[b, h, r]] was. No other byte changes: what lies past the kept
+    tokens is left as it was, for the caller to forget.
+
+    Parameters
+    ----------
+    caches : list of Tensor [B, Hk, S, D], any dtype
+        As in `kv_compact`; no two of them may overlap in memory.
+    keep : Tensor [B, K] or [B, Hk, K], int64
+        Positions to keep, strictly ascending, for all heads or for each.
+    lengths : Tensor [B], int64 or int32, optional
+        How many entries of each row of keep are meant; nothing is written past them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `kv_compact`; and on positions that do not ascend, and on a cache that is passed twice.
+
+    Notes
+    -----
+    Safe because positions ascend: token r moves to a place that no later token is read from. Not differentiable.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> cache = torch.arange(4.0).reshape(1, 1, 4, 1)
+    >>> pruneops.kv_compact_([cache], torch.tensor([[0, 3]]))
+    >>> cache.flatten()
+    tensor([0., 3., 2., 3.])
+    """
+    _expect_types("kv_compact_", "caches", caches, keep=(keep, Tensor), lengths=(lengths, OPTIONAL_TENSOR))
+    torch.ops.pruneops.kv_compact_(caches, keep, lengths=lengths)
+    if torch.is_grad_enabled():
+        torch.autograd.graph.increment_version(caches)
+
+
+def _expect_types(op, argument, tensors, **others):
+    expect_type(op, **{argument: (tensors, (list, tuple))}, **others)
+    wrong = next((i for i, tensor in enumerate(tensors) if not isinstance(tensor, Tensor)), None)
+    if wrong is not None:
+        expect_type(op, **{f"{argument}[{wrong}]": (tensors[wrong], Tensor)})
+
+
+def expect_keep(op, keep, lengths, first):
+    """keep [B, K] or [B, Hk, K] and lengths [B] or None for `first` = (name, tensor, B, Hk)."""
+    name, tensor, B, Hk = first
+    heads = () if keep.dim() == 2 else (Hk,)
+    free = "B, K" if B is None else "K"
+    expect_companion(op, "keep", keep, (name, tensor), (torch.int64,), (B, *heads, None), free)
+    if lengths is not None:
+        expect_companion(op, "lengths", lengths, (name, tensor), LENGTHS, (keep.shape[0],))
+
+
+def expect_kept_values(op, keep, lengths, positions, ascending):
+    """Values of keep within [0, positions) and, if asked, ascending; lengths within [0, K]."""
+    K = keep.shape[-1]
+    if lengths is not None and is_concrete(lengths) and lengths.numel():
+        least, most = int(lengths.min()), int(lengths.max())
+        expect(least >= 0 and most <= K, op, "lengths", most if least >= 0 else least, f"0 to the {K} entries of keep")
+    if not is_concrete(keep) or not keep.numel():
+        return
+    valid = meant(keep, lengths).reshape(keep.shape)
+    inside = (keep >= 0) & (keep < positions) | ~valid
+    if not inside.all():
+        expect(False, op, "keep", f"{int(keep[~inside][0])} at one place", f"in [0, {positions})")
+    if ascending:
+        rises = (keep[..., 1:] > keep[..., :-1]) | ~valid[..., 1:]
+        if not rises.all():
+            one = rises.logical_not().nonzero()[0].tolist()
+            before, after = int(keep[..., :-1][tuple(one)]), int(keep[..., 1:][tuple(one)])
+            expect(False, op, "keep", f"{after} after {before} at {one}", "strictly ascending in every row")
+
+
+def expect_same_device(op, argument, tensors):
+    for i, tensor in enumerate(tensors):
+        there = f"the device of {argument}[0], {tensors[0].device}"
+        expect(tensor.device == tensors[0].device, op, f"{argument}[{i}]", f"on {tensor.device}", f"on {there}")
+
+
+def _check(op, caches, keep, lengths, in_place):
+    expect(len(caches) > 0, op, "caches", "an empty list", "at least one cache")
+    for i, cache in enumerate(caches):
+        rank = f"of shape {list(cache.shape)}"
+        expect(cache.dim() == 4, op, f"caches[{i}]", rank, "of rank 4: [B, Hk, S, D]")
+    expect_same_device(op, "caches", caches)
+    expect(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
+    B, Hk = caches[0].shape[:2]
+    expect_keep(op, keep, lengths, ("caches", caches[0], B, Hk))
+    K = keep.shape[-1]
+    for i, cache in enumerate(caches):
+        fits = cache.shape[0] == B and (keep.dim() == 2 or cache.shape[1] == Hk)
+        wanted = f"[{B}, {'Hk' if keep.dim() == 2 else Hk}, S, D], as caches[0] and keep say"
+        expect(fits, op, f"caches[{i}]", f"of shape {list(cache.shape)}", wanted)
+        if in_place:
+            most = f"at most the {cache.shape[2]} positions of caches[{i}]"
+            expect(cache.shape[2] >= K, op, "keep", f"{K} entries a row", most)
+    fewest = min(cache.shape[2] for cache in caches)
+    if in_place:
+        expect_apart(op, "caches", caches)
+    expect_kept_values(op, keep, lengths, fewest, ascending=in_place)
+
+
+def expect_apart(op, argument, tensors):
+    """None is passed twice, and none overlaps with itself."""
+    seen = {}
+    for i, tensor in enumerate(tensors):
+        size = [f"stride {stride}" for stride, size in zip(tensor.stride(), tensor.shape) if stride == 0 and size > 1]
+        expect(not size, op, f"{argument}[{i}]", "expanded", "memory of its own for every element")
+        if tensor.numel() and isinstance(tensor, Tensor) and not isinstance(tensor, torch._subclasses.FakeTensor):
+            where = tensor.data_ptr() if tensor.device.type != "meta" else id(tensor)
+            other = seen.setdefault(where, i)
+            expect(other == i, op, f"{argument}[{i}]", f"the same memory as {argument}[{other}]", "passed once")
+
+
+def _check_new(caches, keep, *, lengths=None):
+    _check("kv_compact", caches, keep, lengths, in_place=False)
+
+
+def _check_in_place(caches, keep, *, lengths=None):
+    _check("kv_compact_", caches, keep, lengths, in_place=True)
+
+
+def _native(caches, keep, *, lengths=None):
+    return torch.ops.pruneops_native.kv_compact(caches, keep, lengths)
+
+
+def _native_in_place(caches, keep, *, lengths=None):
+    torch.ops.pruneops_native.kv_compact_(caches, keep, lengths)
+
+
+def _triton(caches, keep, *, lengths=None):
+    from ..triton_kernels import kv_compact as kernels
+
+    return kernels.kv_compact(caches, keep, lengths)
+
+
+def _triton_in_place(caches, keep, *, lengths=None):
+    from ..triton_kernels import kv_compact as kernels
+
+    kernels.kv_compact_(caches, keep, lengths)
+
+
+define(
+    "kv_compact(Tensor[] caches, Tensor keep, *, Tensor? lengths=None) -> Tensor[]",
+    _check_new,
+    lambda caches, keep, *, lengths=None: [new_cache(cache, keep.shape[-1]) for cache in caches],
+    {"reference": reference.kv_compact, "cpu": _native, "triton": _triton, "cuda": _native},
+    own_checks=("cpu", "cuda"),
+)
+define(
+    "kv_compact_(Tensor(a!)[] caches, Tensor keep, *, Tensor? lengths=None) -> ()",
+    _check_in_place,
+    lambda caches, keep, *, lengths=None: None,
+    {
+        "reference": reference.kv_compact_,
+        "cpu": _native_in_place,
+        "triton": _triton_in_place,
+        "cuda": _native_in_place,
+    },
+    own_checks=("cpu", "cuda"),
+)

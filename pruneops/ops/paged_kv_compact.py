@@ -1,0 +1,149 @@
+"""Compaction of paged caches in place: schema, argument checks, fake kernel, choice of backend."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.kv_compact import meant
+from ._library import INT, define, expect, expect_companion, expect_type, is_concrete
+from .kv_compact import _expect_types, expect_apart, expect_keep, expect_kept_values, expect_same_device
+
+LAYOUTS = ("NHD", "HND")
+
+
+def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
+    """Keep some of the tokens of every request in a paged cache, in place.
+
+    Token keep[b, r] of request b moves to its position r, for r < lengths[b], in all tensors in one launch. No other
+    byte changes, and block_table stays as it is; `pages_in_use(lengths, page_size)` says how many of a request's
+    pages are still needed, the rest can be freed.
+
+    Parameters
+    ----------
+    pages : list of Tensor [pages, page, Hk, D] (NHD) or [pages, Hk, page, D] (HND), any dtype
+        Keys and values of all layers, apart; or together as [pages, 2, page, Hk, D] or [pages, 2, Hk, page, D]. Any
+        strides; no two may overlap in memory.
+    block_table : Tensor [B, blocks], int32
+        Page of tokens 0 .. page - 1 of a request, of the next ones, and so on. Entries past the last kept token may
+        hold anything.
+    keep : Tensor [B, K] or [B, Hk, K], int64
+        Positions within each request, strictly ascending, for all heads or for each.
+    lengths : Tensor [B], int64 or int32
+        How many entries of each row of keep are meant.
+    layout : {"NHD", "HND"}
+
+    Raises
+    ------
+    ValueError, TypeError
+        On bad arguments, before anything is launched. Values are checked on CPU always, on CUDA when
+        PRUNEOPS_DEBUG=1: positions, pages, and that no page serves two places, for one that two requests share
+        would lose what the other reads.
+
+    Notes
+    -----
+    Not differentiable.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> pages = torch.arange(6.0).reshape(3, 2, 1, 1)  # three pages of two tokens
+    >>> table = torch.tensor([[2, 0]], dtype=torch.int32)  # one request: tokens 4, 5, 0, 1
+    >>> pruneops.paged_kv_compact_([pages], table, torch.tensor([[1, 3]]), torch.tensor([2]))
+    >>> pages[2].flatten()
+    tensor([5., 1.])
+    >>> pruneops.pages_in_use(torch.tensor([2]), 2)
+    tensor([1])
+    """
+    op = "paged_kv_compact_"
+    expect_type(op, block_table=(block_table, Tensor), lengths=(lengths, Tensor), layout=(layout, str))
+    _expect_types(op, "pages", pages, keep=(keep, Tensor))
+    torch.ops.pruneops.paged_kv_compact_(pages, block_table, keep, lengths, layout=layout)
+    if torch.is_grad_enabled():
+        torch.autograd.graph.increment_version(pages)
+
+
+def pages_in_use(lengths, page_size):
+    """How many of its pages each request needs after compaction.
+
+    Parameters
+    ----------
+    lengths : Tensor [B], int64 or int32
+        Tokens kept of each request.
+    page_size : int
+        Tokens of a page.
+
+    Returns
+    -------
+    Tensor [B], dtype of lengths
+        The first so many entries of a row of the block table are in use; the pages of the others can be freed.
+    """
+    expect_type("pages_in_use", lengths=(lengths, Tensor), page_size=(page_size, INT))
+    expect(page_size > 0, "pages_in_use", "page_size", page_size, "at least 1")
+    return (lengths + page_size - 1) // page_size
+
+
+def _check(pages, block_table, keep, lengths, *, layout="NHD"):
+    op = "paged_kv_compact_"
+    expect(layout in LAYOUTS, op, "layout", repr(layout), f"one of {LAYOUTS}")
+    expect(len(pages) > 0, op, "pages", "an empty list", "at least one tensor")
+    order = ("page", "Hk") if layout == "NHD" else ("Hk", "page")
+    for i, tensor in enumerate(pages):
+        shape, wanted = list(tensor.shape), f"of rank 4 or 5: [pages, {', '.join(order)}, D] or [pages, 2, ...]"
+        expect(tensor.dim() in (4, 5), op, f"pages[{i}]", f"of shape {shape}", wanted)
+    expect_same_device(op, "pages", pages)
+    expect(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
+    page, Hk = (pages[0].shape[-3 + order.index(name)] for name in ("page", "Hk"))
+    expect_keep(op, keep, lengths, ("pages", pages[0], None, Hk))
+    expect_companion(
+        op, "block_table", block_table, ("pages", pages[0]), (torch.int32,), (keep.shape[0], None), "blocks"
+    )
+    for i, tensor in enumerate(pages):
+        own = {name: tensor.shape[-3 + order.index(name)] for name in order}
+        fits = own["page"] == page and (keep.dim() == 2 or own["Hk"] == Hk)
+        wanted = f"pages of {page} tokens{'' if keep.dim() == 2 else f' and {Hk} heads'}, as pages[0] and keep say"
+        expect(fits, op, f"pages[{i}]", f"of shape {list(tensor.shape)}", wanted)
+    expect(page > 0, op, "pages[0]", f"of shape {list(pages[0].shape)}", "pages of at least one token")
+    expect_apart(op, "pages", pages)
+    capacity = block_table.shape[1] * page
+    expect_kept_values(op, keep, lengths, capacity, ascending=True)
+    if is_concrete(block_table) and keep.numel():
+        _check_blocks(op, block_table, keep, lengths, page, min(tensor.shape[0] for tensor in pages))
+
+
+def _check_blocks(op, block_table, keep, lengths, page, pages):
+    """The pages up to each request's last kept token are there, and each serves one place."""
+    last = torch.where(meant(keep, lengths), keep if keep.dim() == 3 else keep[:, None], -1).amax((1, 2))  # [B]
+    used = torch.arange(block_table.shape[1], device=keep.device) * page <= last[:, None]
+    blocks = block_table[used]
+    if not blocks.numel():
+        return
+    outside = (blocks < 0) | (blocks >= pages)
+    if outside.any():
+        expect(False, op, "block_table", f"{int(blocks[outside][0])} at one place", f"in [0, {pages})")
+    ids, counts = blocks.unique(return_counts=True)
+    if (counts > 1).any():
+        shared = f"page {int(ids[counts > 1][0])} at two places"
+        expect(False, op, "block_table", shared, "a page of its own at every place that is moved from or to")
+
+
+def _fake(pages, block_table, keep, lengths, *, layout="NHD"):
+    return None
+
+
+def _native(pages, block_table, keep, lengths, *, layout="NHD"):
+    torch.ops.pruneops_native.paged_kv_compact_(pages, block_table, keep, lengths, layout == "NHD")
+
+
+def _triton(pages, block_table, keep, lengths, *, layout="NHD"):
+    from ..triton_kernels import paged_kv_compact as kernels
+
+    kernels.paged_kv_compact_(pages, block_table, keep, lengths, layout)
+
+
+define(
+    "paged_kv_compact_(Tensor(a!)[] pages, Tensor block_table, Tensor keep, Tensor lengths, *, str layout='NHD') -> ()",
+    _check,
+    _fake,
+    {"reference": reference.paged_kv_compact_, "cpu": _native, "triton": _triton, "cuda": _native},
+    own_checks=("cpu", "cuda"),
+)

@@ -1,0 +1,58 @@
+"""Keeping some of the tokens of key and value caches: the specification.
+
+Cost: a cache read and written once where it is kept, an expanded index, and temporaries of the same size.
+"""
+
+import torch
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def kv_compact(caches, keep, *, lengths=None):
+    """[cache[b, h, keep[b, h]]] for every cache; see `pruneops.kv_compact` for the contract."""
+    results = []
+    for cache in caches:
+        result = new_cache(cache, keep.shape[-1])
+        bits(result).copy_(_compacted(bits(cache), keep, lengths))
+        results.append(result)
+    return results
+
+
+def kv_compact_(caches, keep, *, lengths=None):
+    """The same in place; see `pruneops.kv_compact_` for the contract."""
+    for cache in map(bits, caches):
+        head = cache[:, :, : keep.shape[-1]]
+        # all is read before anything is written
+        head.copy_(torch.where(meant(keep, lengths)[..., None], _compacted(cache, keep, lengths), head))
+
+
+def new_cache(cache, K):
+    """Uninitialised [B, Hk, K, D] that lies in memory as the cache does: heads inside of tokens, or outside."""
+    B, Hk, S, D = cache.shape
+    if Hk > 1 and S > 1 and cache.stride(1) < cache.stride(2):
+        return cache.new_empty((B, K, Hk, D)).transpose(1, 2)
+    return cache.new_empty((B, Hk, K, D))
+
+
+def meant(keep, lengths):
+    """bool [B, 1 or Hk, K]: which entries of keep [B, K] or [B, Hk, K] are not past their length."""
+    keep = keep[:, None] if keep.dim() == 2 else keep
+    if lengths is None:
+        return torch.ones_like(keep, dtype=torch.bool)
+    return (torch.arange(keep.shape[-1], device=keep.device) < lengths[:, None, None]).expand(keep.shape)
+
+
+def bits(tensor):
+    """The same memory as elements of a type that every operation knows."""
+    return tensor.view(BITS[tensor.element_size()])
+
+
+def _compacted(cache, keep, lengths):
+    """[B, Hk, K, D]; zeros where keep is not meant."""
+    B, Hk, S, D = cache.shape
+    shape = (B, Hk, keep.shape[-1], D)
+    if S == 0:
+        return cache.new_zeros(shape)
+    valid = meant(keep, lengths)
+    source = torch.where(valid, keep[:, None] if keep.dim() == 2 else keep, 0)
+    return torch.where(valid[..., None], cache.gather(2, source[..., None].expand(shape)), 0)

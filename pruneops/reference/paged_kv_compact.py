@@ -1,0 +1,25 @@
+"""Keeping some of the tokens of paged caches, in place: the specification.
+
+Cost: per request and tensor an index, one read and one write of what is kept. Reads `lengths` on the host.
+"""
+
+import torch
+
+from .kv_compact import bits
+
+
+def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
+    """See `pruneops.paged_kv_compact_` for the contract."""
+    for tensor in pages:
+        for part in bits(tensor).unbind(1) if tensor.dim() == 5 else [bits(tensor)]:
+            part = part if layout == "NHD" else part.transpose(1, 2)  # [pages, page, Hk, D]
+            for table, own, length in zip(block_table.long(), keep, lengths.tolist()):
+                _compact_request(part, table, own[..., :length])
+
+
+def _compact_request(part, table, keep):
+    """table [blocks], keep [n] or [Hk, n]."""
+    page, Hk = part.shape[1:3]
+    head = torch.arange(Hk, device=keep.device)[:, None]
+    place = torch.arange(keep.shape[-1], device=keep.device)
+    part[table[place // page], place % page, head] = part[table[keep // page], keep % page, head]
