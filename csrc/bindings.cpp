@@ -21,6 +21,11 @@ STABLE_TORCH_LIBRARY(pruneops_native, m) {
   m.def(
       "attention_received(Tensor query, Tensor key, Tensor? query_mask, Tensor? key_mask, bool causal, float scale, "
       "Tensor? lse) -> Tensor");
+  m.def("kv_compact(Tensor[] caches, Tensor keep, Tensor? lengths) -> Tensor[]");
+  m.def("kv_compact_(Tensor(a!)[] caches, Tensor keep, Tensor? lengths) -> ()");
+  m.def(
+      "paged_kv_compact_(Tensor(a!)[] pages, Tensor block_table, Tensor keep, Tensor lengths, bool nhd) -> ()");
+  m.def("gather_tokens(Tensor[] tensors, Tensor keep, int[] dims) -> Tensor[]");
 }
 
 PYBIND11_MODULE(_C, m) {
