@@ -204,29 +204,21 @@ inline void expect_apart(const std::vector<Tensor>& tensors) {
   expect(std::adjacent_find(addresses.begin(), addresses.end()) == addresses.end(), "a tensor is passed twice");
 }
 
-// Uninitialised [B, Hk, K, D] for every cache, each as its cache lies; equal ones next to each other in one storage.
+// Uninitialised [B, Hk, K, D] for every cache, each as its cache lies.
 inline std::vector<Tensor> new_caches(const std::vector<Tensor>& caches, int64_t K) {
   std::vector<Tensor> results;
-  for (size_t first = 0, end = 0; first < caches.size(); first = end) {
-    const Tensor& cache = caches[first];
-    const auto inside = [](const Tensor& t) { return t.size(1) > 1 && t.size(2) > 1 && t.stride(1) < t.stride(2); };
+  for (const Tensor& cache : caches) {
     const int64_t B = cache.size(0), Hk = cache.size(1), D = cache.size(3);
-    for (end = first; end < caches.size(); ++end) {
-      const Tensor& next = caches[end];
-      if (next.scalar_type() != cache.scalar_type() || next.size(1) != Hk || next.size(3) != D ||
-          inside(next) != inside(cache))
-        break;
-    }
-    const Tensor all = torch::stable::new_empty(cache, {int64_t(end - first), B, Hk, K, D});
+    const bool heads_inside = Hk > 1 && cache.size(2) > 1 && cache.stride(1) < cache.stride(2);
     const int64_t sizes[] = {B, Hk, K, D};
-    const bool heads_inside = inside(cache);
     const int64_t strides[] = {Hk * K * D, heads_inside ? D : K * D, heads_inside ? Hk * D : D, 1};
-    for (size_t i = 0; i < end - first; ++i) {
-      AtenTensorHandle view = nullptr;
-      expect(aoti_torch__reinterpret_tensor(all.get(), 4, sizes, strides, int64_t(i) * B * Hk * K * D, &view) ==
-                 AOTI_TORCH_SUCCESS, "no view of a result");
-      results.emplace_back(view);
-    }
+    int32_t type = 0, device = 0;
+    aoti_torch_get_dtype(cache.get(), &type);
+    aoti_torch_get_device_type(cache.get(), &device);
+    AtenTensorHandle result = nullptr;
+    expect(aoti_torch_empty_strided(4, sizes, strides, type, device, cache.get_device_index(), &result) ==
+               AOTI_TORCH_SUCCESS, "no memory for a result");
+    results.emplace_back(result);
   }
   return results;
 }

@@ -40,8 +40,7 @@ class Bad:
     def assert_refused_without_values(self):
         """When shapes are all there is: fake tensors, and so torch.compile and torch.export."""
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a  # noqa: E731
-            args, kwargs = [fake(a) for a in self.args], {name: fake(a) for name, a in self.kwargs.items()}
+            args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (self.args, self.kwargs))
             for door in (pruneops, torch.ops.pruneops):
                 with pytest.raises(RuntimeError) as error:
                     getattr(door, self.op)(*args, **kwargs)

@@ -19,6 +19,12 @@ __device__ __forceinline__ S& shared() {
   return *reinterpret_cast<S*>(pruneops_shared_memory);
 }
 
+// Reads what will not be asked for again: the first to leave the caches.
+template <class V>
+__device__ __forceinline__ V load_once(const V* p) {
+  return __ldcs(p);
+}
+
 // The feature of type T in the low bits.
 template <class T>
 __device__ __forceinline__ float value_of(unsigned bits);

@@ -28,8 +28,7 @@ def kv_compact(caches, keep, *, lengths=None):
     Returns
     -------
     list of Tensor [B, Hk, K, D]
-        Each lies in memory as its cache does, heads inside of tokens or outside; zeros past `lengths`. Equal
-        caches' results may share one storage.
+        Each lies in memory as its cache does, heads inside of tokens or outside; zeros past `lengths`.
 
     Raises
     ------

@@ -1,0 +1,248 @@
+// Moving kept tokens: the kernel and launches of kv_compact, kv_compact_, paged_kv_compact_ and gather_tokens.
+// csrc/moves.h says how tokens lie (forms), which tensors there are (jobs) and where tokens come from (positions).
+//
+// NOT YET RUN ON A GPU. The kernel runs on emulated threads in tests/cuda_emulation; all times below are expectations
+// from counted bytes.
+//
+// One launch for 128 tensors of at most 7 forms, which travel by value. Nothing is computed: every kept byte is read
+// once and written once, in units of 16 bytes, or of as many as all addresses of a tensor are multiples of. A block of
+// 256 threads takes one slice of the width of one lane's tokens, a thread one unit of every so-many-th token of it.
+//   new       a block has one tile of tokens: 8 loads a thread, then 8 stores; zeros past a row's length
+//   in place  a block has all tokens, 4 a thread at a time: the loads of the next ones are issued before these are
+//             stored. Positions ascend, so a token is never read from where an earlier one goes, and the one barrier
+//             needed is that a tile is all read before any of it is written. Slices and lanes share no bytes. Offsets
+//             (position, page, slot) are found once a token, by a thread each, two tiles ahead, in shared memory.
+//             Tokens that stay where they are, are neither read nor written
+//
+// On an H200, 4.3 TB/s of copies at 1 us of latency are 2.2 MB of loads in flight: 16 KB a multiprocessor.
+//   64 caches of 3072 -> 352 (B 1, Hk 32, D 128, bf16)  185 MB in, 185 MB out: floor 86 us. 6144 blocks of 32 KB, 4 a
+//       multiprocessor (64 registers): 128 KB in flight, 8 times enough for the 2 us that a block waits for parameters,
+//       keep and tokens one after the other
+//   64 such caches losing 10 % in place, 3072 -> 2765   1.45 GB in and out: floor 674 us. 2048 blocks with 16 to 32 KB
+//       in flight each, 4 a multiprocessor: 3.9 waves
+//   64 caches losing 10 % in place, Hk 4                181 MB in and out: floor 84 us. 256 lanes would leave 2 blocks a
+//       multiprocessor, and 8 of those 1; 4 slices of 64 bytes make 1024 blocks. One goes through 2765 tokens in 11
+//       tiles of 256, 1 us each at least: all together at 16 KB a tile 1.4 TB/s a wave if they had no second tile under
+//       way, 16 MB in flight: memory, not latency, is the limit
+//   one cache, Hk 8, losing 10 % in place               11 MB: 32 blocks, 11 tiles of about 1 us
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/primitives.cuh"
+#include "moves.h"
+
+namespace pruneops {
+
+constexpr int kMoveThreads = 256;
+constexpr int kMoveBlocks = 4;        // of a multiprocessor: 64 registers a thread
+constexpr int kNewTokens = 8;         // a thread's loads under way
+constexpr int kInPlaceTokens = 4;     // and as many of the next tile
+constexpr int kSector = 32;           // bytes: the least that memory moves
+constexpr int kEnoughBlocks = 1024;   // in place
+constexpr int kMostJobs = 128, kMostGroups = 7;  // of a launch
+
+// Jobs whose tokens lie alike and move in units of the same size.
+struct Group {
+  Form form;
+  int unit;                         // bytes
+  int slice;                        // units of a token that a block moves
+  unsigned slices, tiles, blocks;   // blocks: lanes * tiles * slices
+};
+
+struct Moves {
+  Positions positions;
+  Group groups[kMostGroups];
+  const char* from[kMostJobs];
+  char* to[kMostJobs];
+  uint8_t group[kMostJobs];
+  unsigned blocks;  // of every job: as many as one of them needs
+};
+static_assert(sizeof(Moves) <= 4096, "parameters of a kernel");
+
+// What a thread moves of a lane: one unit of tokens row, row + rows, ...
+struct Share {
+  const char* from;  // its unit at position 0
+  char* to;
+  const int64_t* keep;
+  int64_t length, batch;
+  int row, rows;
+};
+
+template <class Unit>
+__device__ __forceinline__ void move_tile(const Positions& positions, const Form& form, const Share& share,
+                                          unsigned tile) {
+  const int64_t first = int64_t(tile) * share.rows * kNewTokens + share.row;
+  int64_t position[kNewTokens];
+  Unit unit[kNewTokens];
+#pragma unroll
+  for (int i = 0; i < kNewTokens; ++i) {
+    const int64_t token = first + i * share.rows;
+    position[i] = token < share.length ? share.keep[token * positions.keep_token] : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < kNewTokens; ++i) {
+    unit[i] = Unit{};
+    if (position[i] >= 0) unit[i] = load_once(reinterpret_cast<const Unit*>(share.from + position[i] * form.from_token));
+  }
+#pragma unroll
+  for (int i = 0; i < kNewTokens; ++i) {
+    const int64_t token = first + i * share.rows;
+    if (token < positions.count) *reinterpret_cast<Unit*>(share.to + token * form.to_token) = unit[i];
+  }
+}
+
+struct Place {
+  int64_t from, to;  // bytes from position 0
+};
+struct Places {
+  Place tiles[3][kMoveThreads];
+};
+
+template <class Unit>
+__device__ __forceinline__ void move_in_place(const Positions& positions, const Form& form, const Share& share) {
+  auto& places = shared<Places>().tiles;
+  const int tid = threadIdx.x, tokens = min(share.rows * kInPlaceTokens, kMoveThreads);  // of a tile
+  const auto find = [&](Place* place, int64_t first) {
+    const int64_t token = first + tid;
+    if (tid >= tokens || token >= share.length) return;
+    const int64_t position = share.keep[token * positions.keep_token];
+    place[tid] = {positions.offset(form, share.batch, position, form.from_token),
+                  positions.offset(form, share.batch, token, form.from_token)};
+  };
+  const auto each = [&](const Place* place, int64_t first, const auto& move) {
+#pragma unroll
+    for (int i = 0; i < kInPlaceTokens; ++i) {
+      const int at = share.row + i * share.rows;
+      if (at >= tokens || first + at >= share.length) continue;
+      const Place own = place[at];
+      if (own.from != own.to) move(i, own);
+    }
+  };
+  Place *now = places[0], *next = places[1], *later = places[2];
+  Unit unit[kInPlaceTokens], ahead[kInPlaceTokens];
+  find(now, 0);
+  find(next, tokens);
+  __syncthreads();
+  const auto load = [&](Unit (&unit)[kInPlaceTokens], const Place* place, int64_t first) {
+    each(place, first, [&](int i, const Place& own) {
+      unit[i] = *reinterpret_cast<const Unit*>(share.from + own.from);
+    });
+  };
+  load(unit, now, 0);
+  for (int64_t first = 0; first < share.length; first += tokens) {
+    __syncthreads();  // this tile is all read; where the next one goes is known
+    load(ahead, next, first + tokens);
+    find(later, first + 2 * tokens);
+    each(now, first, [&](int i, const Place& own) { *reinterpret_cast<Unit*>(share.to + own.to) = unit[i]; });
+#pragma unroll
+    for (int i = 0; i < kInPlaceTokens; ++i) unit[i] = ahead[i];
+    Place* const done = now;
+    now = next, next = later, later = done;
+  }
+}
+
+// Block (job, lane, tile, slice); in place there is one tile.
+template <bool IN_PLACE>
+__global__ void __launch_bounds__(kMoveThreads, kMoveBlocks) move_tokens(const __grid_constant__ Moves p) {
+  const unsigned job = blockIdx.x / p.blocks;
+  unsigned index = blockIdx.x % p.blocks;
+  const Group& group = p.groups[p.group[job]];
+  if (index >= group.blocks) return;
+  const unsigned slice = index % group.slices;
+  index /= group.slices;
+  const unsigned tile = index % group.tiles;
+  const Lane lane = group.form.lane(index / group.tiles);
+
+  Share share;
+  const int tid = threadIdx.x, column = tid % group.slice;
+  const int64_t byte = (int64_t(slice) * group.slice + column) * group.unit;
+  share.from = p.from[job] + lane.from + byte;
+  share.to = p.to[job] + lane.to + byte;
+  share.keep = p.positions.keep + lane.keep;
+  share.batch = lane.batch;
+  share.length = min(p.positions.length(lane.batch), p.positions.count);
+  share.row = tid / group.slice;
+  share.rows = kMoveThreads / group.slice;
+  const bool idle = share.row >= share.rows || byte >= group.form.width;
+  if (idle && !IN_PLACE) return;
+  if (idle) share.row = kMoveThreads;  // of no tile
+
+  const auto move = [&](auto unit) {
+    using Unit = decltype(unit);
+    if constexpr (IN_PLACE)
+      move_in_place<Unit>(p.positions, group.form, share);
+    else
+      move_tile<Unit>(p.positions, group.form, share, tile);
+  };
+  switch (group.unit) {
+    case 16: return move(uint4{});
+    case 8: return move(uint64_t{});
+    case 4: return move(uint32_t{});
+    case 2: return move(uint16_t{});
+    default: return move(uint8_t{});
+  }
+}
+
+// Cuts tokens into `least` slices or more: of whole sectors, of at least two, and of a size that gives 9 of 10 threads
+// a unit to move, or as many as can be.
+inline void cut(Group& group, int64_t least) {
+  const int64_t units = group.form.width / group.unit, sector = std::max(1, kSector / group.unit);
+  const auto parts = [&](int64_t size) { return (units + size - 1) / size; };
+  const int64_t narrow = std::min(units, 2 * sector), wide = std::max(narrow, parts(least) / sector * sector);
+  int64_t most = 0;
+  for (int64_t size = std::min<int64_t>(wide, kMoveThreads); size >= narrow && most < kMoveThreads * 9 / 10;
+       size -= sector) {
+    const int64_t busy = kMoveThreads / size * units / parts(size);
+    if (busy > most) most = busy, group.slice = int(size), group.slices = unsigned(parts(size));
+  }
+}
+
+inline Group group_of(const Plan& plan, int form, int unit, int64_t least) {
+  Group group{plan.forms[form], unit};
+  cut(group, plan.in_place ? least : 1);
+  const int64_t tile = plan.in_place ? plan.positions.count : kMoveThreads / group.slice * kNewTokens;
+  const int64_t tiles = (plan.positions.count + tile - 1) / tile, blocks = group.form.lanes() * tiles * group.slices;
+  moves::expect(blocks <= INT32_MAX, "more to move than one launch can");
+  group.tiles = unsigned(tiles), group.blocks = unsigned(blocks);
+  return group;
+}
+
+// Calls launch(moves, blocks) for all jobs of a plan: once, if they fit in the parameters. In place there shall be
+// `enough` blocks in all.
+template <class Launch>
+void each_launch(const Plan& plan, int64_t enough, const Launch& launch) {
+  int64_t lanes = 0;
+  for (const Job& job : plan.jobs) lanes += plan.forms[job.form].lanes();
+  Moves p{plan.positions};
+  int forms[kMostGroups], groups = 0;
+  int64_t jobs = 0;
+  const auto add = [&](const Job& job) {  // false: no room
+    const int unit = unit_of(plan.forms[job.form], job);
+    int own = 0;
+    while (own < groups && (forms[own] != job.form || p.groups[own].unit != unit)) ++own;
+    if (jobs == kMostJobs || own == kMostGroups) return false;
+    if (own == groups) {
+      p.groups[own] = group_of(plan, job.form, unit, (enough + lanes - 1) / lanes);
+      forms[groups++] = job.form;
+    }
+    const unsigned blocks = std::max(p.blocks, p.groups[own].blocks);
+    if ((jobs + 1) * int64_t(blocks) > INT32_MAX) return false;
+    p.from[jobs] = job.from, p.to[jobs] = job.to, p.group[jobs] = uint8_t(own);
+    p.blocks = blocks, ++jobs;
+    return true;
+  };
+  const auto finish = [&] {
+    if (jobs) launch(p, jobs * p.blocks);
+    jobs = groups = 0, p.blocks = 0;
+  };
+  for (const Job& job : plan.jobs) {
+    if (add(job)) continue;
+    finish();
+    add(job);
+  }
+  finish();
+}
+
+}  // namespace pruneops
