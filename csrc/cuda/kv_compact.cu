@@ -10,7 +10,7 @@ void run(const Plan& plan, const Tensor& keep) {
   const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
   const cudaStream_t stream = current_stream(keep);
   each_launch(plan, kEnoughBlocks, [&](const Moves& moves, int64_t blocks) {
-    const size_t shared_bytes = plan.in_place ? sizeof(Places) : 0;
+    const size_t shared_bytes = plan.in_place ? kPlaceTiles * sizeof(Places) : 0;
     launch(plan.in_place ? move_tokens<true> : move_tokens<false>, {blocks, kMoveThreads, shared_bytes}, stream, moves);
   });
 }

@@ -41,6 +41,7 @@ constexpr int kNewTokens = 8;         // a thread's loads under way
 constexpr int kInPlaceTokens = 4;     // and as many of the next tile
 constexpr int kSector = 32;           // bytes: the least that memory moves
 constexpr int kEnoughBlocks = 1024;   // in place
+constexpr int64_t kMostKept = 1 << 30;           // of a lane: counted by ints
 constexpr int kMostJobs = 128, kMostGroups = 7;  // of a launch
 
 // Jobs whose tokens lie alike and move in units of the same size.
@@ -66,19 +67,19 @@ struct Share {
   const char* from;  // its unit at position 0
   char* to;
   const int64_t* keep;
-  int64_t length, batch;
-  int row, rows;
+  int64_t batch;
+  int length, row, rows;
 };
 
 template <class Unit>
 __device__ __forceinline__ void move_tile(const Positions& positions, const Form& form, const Share& share,
                                           unsigned tile) {
-  const int64_t first = int64_t(tile) * share.rows * kNewTokens + share.row;
+  const int first = tile * share.rows * kNewTokens + share.row;
   int64_t position[kNewTokens];
   Unit unit[kNewTokens];
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
-    const int64_t token = first + i * share.rows;
+    const int token = first + i * share.rows;
     position[i] = token < share.length ? share.keep[token * positions.keep_token] : -1;
   }
 #pragma unroll
@@ -88,58 +89,70 @@ __device__ __forceinline__ void move_tile(const Positions& positions, const Form
   }
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
-    const int64_t token = first + i * share.rows;
+    const int token = first + i * share.rows;
     if (token < positions.count) *reinterpret_cast<Unit*>(share.to + token * form.to_token) = unit[i];
   }
 }
 
-struct Place {
-  int64_t from, to;  // bytes from position 0
-};
+// Bytes from position 0 to where the tokens of a tile are and go; -1 for one that stays.
+constexpr int kPlaceTiles = 3;  // in shared memory
 struct Places {
-  Place tiles[3][kMoveThreads];
+  int64_t from[kMoveThreads], to[kMoveThreads];
 };
+
+// Positions::offset of a position in pages by 32-bit divisions.
+__device__ __forceinline__ int64_t offset_of(const Positions& positions, const Form& form, int64_t batch,
+                                             int64_t position) {
+  if (!positions.table) return position * form.from_token;
+  const unsigned page = unsigned(positions.page), block = unsigned(position) / page;
+  const int64_t number = positions.table[batch * positions.table_batch + block * positions.table_block];
+  return number * form.page_stride + int64_t(unsigned(position) % page) * form.from_token;
+}
 
 template <class Unit>
 __device__ __forceinline__ void move_in_place(const Positions& positions, const Form& form, const Share& share) {
-  auto& places = shared<Places>().tiles;
+  Places* const places = &shared<Places>();
   const int tid = threadIdx.x, tokens = min(share.rows * kInPlaceTokens, kMoveThreads);  // of a tile
-  const auto find = [&](Place* place, int64_t first) {
-    const int64_t token = first + tid;
+  const auto find = [&](Places& tile, int first) {
+    const int token = first + tid;
     if (tid >= tokens || token >= share.length) return;
     const int64_t position = share.keep[token * positions.keep_token];
-    place[tid] = {positions.offset(form, share.batch, position, form.from_token),
-                  positions.offset(form, share.batch, token, form.from_token)};
+    const bool stays = position == token;
+    tile.from[tid] = stays ? -1 : offset_of(positions, form, share.batch, position);
+    tile.to[tid] = stays ? -1 : offset_of(positions, form, share.batch, token);
   };
-  const auto each = [&](const Place* place, int64_t first, const auto& move) {
+  const auto each = [&](const int64_t* offsets, int first, const auto& move) {
+    int64_t offset[kInPlaceTokens];
 #pragma unroll
     for (int i = 0; i < kInPlaceTokens; ++i) {
       const int at = share.row + i * share.rows;
-      if (at >= tokens || first + at >= share.length) continue;
-      const Place own = place[at];
-      if (own.from != own.to) move(i, own);
+      offset[i] = at < tokens && first + at < share.length ? offsets[at] : -1;
     }
+#pragma unroll
+    for (int i = 0; i < kInPlaceTokens; ++i)
+      if (offset[i] >= 0) move(i, reinterpret_cast<Unit*>(share.to + offset[i]));
   };
-  Place *now = places[0], *next = places[1], *later = places[2];
-  Unit unit[kInPlaceTokens], ahead[kInPlaceTokens];
-  find(now, 0);
-  find(next, tokens);
-  __syncthreads();
-  const auto load = [&](Unit (&unit)[kInPlaceTokens], const Place* place, int64_t first) {
-    each(place, first, [&](int i, const Place& own) {
-      unit[i] = *reinterpret_cast<const Unit*>(share.from + own.from);
-    });
+  using Units = Unit[kInPlaceTokens];
+  const auto load = [&](Units& units, int tile, int first) {
+    each(places[tile].from, first, [&](int i, const Unit* unit) { units[i] = *unit; });
   };
-  load(unit, now, 0);
-  for (int64_t first = 0; first < share.length; first += tokens) {
+  int now = 0, next = 1, later = 2;
+  const auto step = [&](Units& units, Units& ahead, int first) {
     __syncthreads();  // this tile is all read; where the next one goes is known
     load(ahead, next, first + tokens);
-    find(later, first + 2 * tokens);
-    each(now, first, [&](int i, const Place& own) { *reinterpret_cast<Unit*>(share.to + own.to) = unit[i]; });
-#pragma unroll
-    for (int i = 0; i < kInPlaceTokens; ++i) unit[i] = ahead[i];
-    Place* const done = now;
+    find(places[later], first + 2 * tokens);
+    each(places[now].to, first, [&](int i, Unit* unit) { *unit = units[i]; });
+    const int done = now;
     now = next, next = later, later = done;
+  };
+  Units units, ahead;
+  find(places[now], 0);
+  find(places[next], tokens);
+  __syncthreads();
+  load(units, now, 0);
+  for (int first = 0; first < share.length; first += 2 * tokens) {
+    step(units, ahead, first);
+    step(ahead, units, first + tokens);
   }
 }
 
@@ -162,7 +175,7 @@ __global__ void __launch_bounds__(kMoveThreads, kMoveBlocks) move_tokens(const _
   share.to = p.to[job] + lane.to + byte;
   share.keep = p.positions.keep + lane.keep;
   share.batch = lane.batch;
-  share.length = min(p.positions.length(lane.batch), p.positions.count);
+  share.length = int(min(p.positions.length(lane.batch), p.positions.count));
   share.row = tid / group.slice;
   share.rows = kMoveThreads / group.slice;
   const bool idle = share.row >= share.rows || byte >= group.form.width;
@@ -204,7 +217,7 @@ inline Group group_of(const Plan& plan, int form, int unit, int64_t least) {
   cut(group, plan.in_place ? least : 1);
   const int64_t tile = plan.in_place ? plan.positions.count : kMoveThreads / group.slice * kNewTokens;
   const int64_t tiles = (plan.positions.count + tile - 1) / tile, blocks = group.form.lanes() * tiles * group.slices;
-  moves::expect(blocks <= INT32_MAX, "more to move than one launch can");
+  moves::expect(plan.positions.count <= kMostKept && blocks <= INT32_MAX, "more to move than one launch can");
   group.tiles = unsigned(tiles), group.blocks = unsigned(blocks);
   return group;
 }
@@ -216,7 +229,7 @@ void each_launch(const Plan& plan, int64_t enough, const Launch& launch) {
   int64_t lanes = 0;
   for (const Job& job : plan.jobs) lanes += plan.forms[job.form].lanes();
   Moves p{plan.positions};
-  int forms[kMostGroups], groups = 0;
+  int forms[kMostGroups] = {}, groups = 0;
   int64_t jobs = 0;
   const auto add = [&](const Job& job) {  // false: no room
     const int unit = unit_of(plan.forms[job.form], job);

@@ -7,6 +7,8 @@ from .. import reference
 from ._library import INT, ArgumentTypeError, define, expect, expect_indices, expect_type, is_concrete
 from .kv_compact import _expect_types, expect_same_device
 
+MOST_DIMS = 6  # of a tensor that is read where it lies, whatever its strides
+
 
 def gather_tokens(tensors, keep, dim=1):
     """Keep some of the tokens of any number of tensors: hidden states, positions, masks, in one launch.
@@ -58,7 +60,9 @@ def gather_tokens(tensors, keep, dim=1):
 
 def _dims(tensors, dim):
     """The token dimension of every tensor, counted from the first."""
-    dims = [dim] if isinstance(dim, int) else list(dim)
+    dims, count = [dim] if isinstance(dim, int) else list(dim), len(tensors)
+    wanted = f"one, or one for each of {count} tensors"
+    expect(len(dims) in (1, count), "gather_tokens", "dim", f"{len(dims)} of them", wanted)
     dims = dims * len(tensors) if len(dims) == 1 else dims
     return [own + tensor.dim() if own < 0 else own for tensor, own in zip(tensors, dims)]
 
@@ -66,8 +70,6 @@ def _dims(tensors, dim):
 def _check(tensors, keep, dim=1):
     op = "gather_tokens"
     expect(len(tensors) > 0, op, "tensors", "an empty list", "at least one tensor")
-    count = 1 if isinstance(dim, int) else len(dim)
-    expect(count in (1, len(tensors)), op, "dim", f"{count} of them", f"one, or one for each of {len(tensors)} tensors")
     expect_same_device(op, "tensors", tensors)
     expect(keep.dtype == torch.int64, op, "keep", keep.dtype, "int64", ArgumentTypeError)
     expect(keep.dim() in (1, 2), op, "keep", f"of shape {list(keep.shape)}", "[K] or [B, K]")
@@ -96,7 +98,9 @@ def _fake(tensors, keep, dim=1):
 
 
 def _native(tensors, keep, dim=1):
-    return torch.ops.pruneops_native.gather_tokens(tensors, keep, _dims(tensors, dim))
+    dims = _dims(tensors, dim)
+    tensors = [tensor.contiguous() if tensor.dim() > MOST_DIMS else tensor for tensor in tensors]
+    return torch.ops.pruneops_native.gather_tokens(tensors, keep, dims)
 
 
 def _triton(tensors, keep, dim=1):
@@ -117,7 +121,7 @@ def _gradients(ctx, gradients):
         None if gradient is None else _scattered(gradient, keep, shape, dim)
         for gradient, shape, dim in zip(gradients, ctx.shapes, ctx.dims)
     ]
-    return found, None, None
+    return found, *[None] * (len(ctx.needs_input_grad) - 1)  # torch leaves out arguments that equal their defaults
 
 
 def _scattered(gradient, keep, shape, dim):

@@ -84,7 +84,7 @@ def pages_in_use(lengths, page_size):
 
 def _check(pages, block_table, keep, lengths, *, layout="NHD"):
     op = "paged_kv_compact_"
-    expect(layout in LAYOUTS, op, "layout", repr(layout), f"one of {LAYOUTS}")
+    _expect_layout(layout)
     expect(len(pages) > 0, op, "pages", "an empty list", "at least one tensor")
     order = ("page", "Hk") if layout == "NHD" else ("Hk", "page")
     for i, tensor in enumerate(pages):
@@ -110,6 +110,10 @@ def _check(pages, block_table, keep, lengths, *, layout="NHD"):
         _check_blocks(op, block_table, keep, lengths, page, min(tensor.shape[0] for tensor in pages))
 
 
+def _expect_layout(layout):
+    expect(layout in LAYOUTS, "paged_kv_compact_", "layout", repr(layout), f"one of {LAYOUTS}")
+
+
 def _check_blocks(op, block_table, keep, lengths, page, pages):
     """The pages up to each request's last kept token are there, and each serves one place."""
     last = torch.where(meant(keep, lengths), keep if keep.dim() == 3 else keep[:, None], -1).amax((1, 2))  # [B]
@@ -131,6 +135,7 @@ def _fake(pages, block_table, keep, lengths, *, layout="NHD"):
 
 
 def _native(pages, block_table, keep, lengths, *, layout="NHD"):
+    _expect_layout(layout)
     torch.ops.pruneops_native.paged_kv_compact_(pages, block_table, keep, lengths, layout == "NHD")
 
 

@@ -1,0 +1,321 @@
+"""Compaction of paged caches on every backend: the contract of `pruneops.paged_kv_compact_`, line by line."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pruneops
+from tests import contract, cuda_checks, strategies
+from tests.contract import CUDA_KERNELS, NATIVE, REFERENCE, assert_same_bits, every_backend, moved, on, size
+from tests.moves import BITS, GARBAGE, any_bits, ascending, with_garbage
+from tests.refusals import Bad, assert_type_refused, ints, refused
+
+
+def tables(B, blocks, pages, generator):
+    """int32 [B, blocks] of different pages."""
+    return torch.randperm(pages, generator=generator)[: B * blocks].view(B, blocks).int()
+
+
+def expected(tensor, table, keep, lengths, layout):
+    """The tensor afterwards, token by token."""
+    after = tensor.clone()
+    for old, new in zip(*(t.unbind(1) if t.dim() == 5 else [t] for t in (tensor, after))):
+        old, new = (t if layout == "NHD" else t.transpose(1, 2) for t in (old, new))  # [pages, page, Hk, D]
+        page = old.shape[1]
+        for b, length in enumerate(lengths.tolist()):
+            for h in range(old.shape[2]):
+                own = keep[b, h] if keep.dim() == 3 else keep[b]
+                for r, position in enumerate(own[:length].tolist()):
+                    there = int(table[b, r // page]), r % page, h
+                    new[there] = old[int(table[b, position // page]), position % page, h]
+    return after
+
+
+def compact(target, tensors, table, keep, lengths, layout="NHD"):
+    """Copies of the tensors after compaction on the target."""
+    held, *own = moved(([t.clone() for t in tensors], table, keep, lengths), target.device)
+    with pruneops.backend(target.backend):
+        assert pruneops.paged_kv_compact_(held, *own, layout=layout) is None
+    return moved(held, "cpu")
+
+
+def pages_of(pages, page, Hk, D, layout, dtype=torch.float16, together=False, seed=0):
+    own = (page, Hk) if layout == "NHD" else (Hk, page)
+    return any_bits((pages, *([2] if together else []), *own, D), dtype, seed)
+
+
+@st.composite
+def cases(draw):
+    """(tensors, table, keep, lengths, layout): garbage past the lengths and past the last kept token's page."""
+    generator = draw(strategies.generators)
+    B, Hk, blocks = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    page, layout = draw(st.sampled_from([1, 2, 3, 4, 7])), draw(st.sampled_from(["NHD", "HND"]))
+    pages = B * blocks + draw(st.integers(1, 3))
+    tensors = []
+    for i in range(draw(st.integers(1, 3))):
+        shape = pages, page, Hk, draw(st.sampled_from([1, 5, 16, 24])), layout
+        tensors.append(pages_of(*shape, draw(st.sampled_from(BITS)), draw(st.booleans()), i))
+    K = draw(st.integers(0, blocks * page))
+    rows = draw(st.sampled_from([(B,), (B, Hk)]))
+    lengths = torch.randint(0, K + 1, (B,), generator=generator)
+    keep = with_garbage(ascending(rows, K, blocks * page, generator), lengths)
+    table = tables(B, blocks, pages, generator)
+    for b, length in enumerate(lengths.tolist()):
+        last = int(keep[b, ..., :length].max()) if length else -1
+        table[b, last // page + 1 :] = -(2**30) if b % 2 else 2**30
+    lengths = lengths.to(draw(st.sampled_from([torch.int32, torch.int64])))
+    return tensors, table, keep, lengths, layout
+
+
+# Answers
+
+
+@every_backend
+def test_known_answer(target):
+    """Two requests of pages of two tokens, the second of one page; page 1 is nobody's."""
+    pages = torch.arange(10.0).view(5, 2, 1, 1)
+    table = torch.tensor([[4, 0, 2], [3, -7, 99]], dtype=torch.int32)  # tokens 8 9 0 1 4 5; 6 7
+    keep, lengths = torch.tensor([[1, 2, 5], [1, -9, -9]]), torch.tensor([3, 1])
+    (after,) = compact(target, [pages], table, keep, lengths)
+    assert after.flatten().tolist() == [5, 1, 2, 3, 4, 5, 7, 7, 9, 0]
+
+
+@every_backend
+@given(case=cases())
+def test_exact_pages(target, case):
+    """Every byte of every tensor, those that must not change too."""
+    tensors, *arguments = case
+    assert_same_bits(compact(target, *case), [expected(tensor, *arguments) for tensor in tensors])
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page", [1, 3, 16, 128, 256])
+def test_page_sizes(target, page, layout):
+    """Across tiles, against the reference; shared and per-head positions."""
+    generator = torch.Generator().manual_seed(page)
+    B, Hk, D = 2, 2, 64
+    blocks = -(-size(target, 700, 130) // page)
+    table = tables(B, blocks, B * blocks + 3, generator)
+    tensors = [pages_of(B * blocks + 3, page, Hk, D, layout, dtype, True) for dtype in (torch.bfloat16, torch.int8)]
+    K = max(1, int(0.8 * blocks * page))
+    lengths = torch.tensor([K, K // 3])
+    for rows in ((B,), (B, Hk)):
+        keep = with_garbage(ascending(rows, K, blocks * page, generator), lengths)
+        arguments = table, keep, lengths, layout
+        assert_same_bits(compact(target, tensors, *arguments), compact(REFERENCE, tensors, *arguments))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", BITS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_exact_bits(target, dtype):
+    """Keys and values apart, together, and as two views of one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    table, keep, lengths = tables(2, 3, 7, generator), ascending((2,), 7, 12, generator), torch.tensor([7, 5])
+    both = any_bits((7, 4, 2, 3, 20), dtype)  # [pages, page, 2, Hk, D]: interleaved per token
+    held = moved(both.clone(), target.device)
+    with pruneops.backend(target.backend):
+        pruneops.paged_kv_compact_(list(held.unbind(2)), *moved((table, keep, lengths), target.device))
+    parts = [expected(part, table, keep, lengths, "NHD") for part in both.unbind(2)]
+    assert_same_bits(held.cpu(), torch.stack(parts, 2))
+    together = both.movedim(2, 1).contiguous()
+    assert_same_bits(compact(target, [together], table, keep, lengths), [torch.stack(parts, 1)])
+
+
+# Relations between answers
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_as_one_cache(target, layout):
+    """Pages in order are a cache: the same tokens move as in `kv_compact_`."""
+    generator = torch.Generator().manual_seed(4)
+    cache = any_bits((2, 3, 24, 16), torch.float16)  # [B, Hk, S, D]
+    keep = ascending((2, 3), 10, 24, generator)
+    pages = cache.view(2, 3, 6, 4, 16).movedim(2, 1)  # [B, blocks, Hk, page, D]
+    pages = (pages if layout == "HND" else pages.transpose(2, 3)).flatten(0, 1).contiguous()
+    table = torch.arange(12).view(2, 6).int()
+    (after,) = compact(target, [pages], table, keep, torch.tensor([10, 10]), layout)
+    after = after if layout == "HND" else after.transpose(1, 2)
+    after = after.unflatten(0, (2, 6)).movedim(1, 2).flatten(2, 3)
+    with pruneops.backend("reference"):
+        pruneops.kv_compact_([cache], keep)
+    assert_same_bits(after, cache)
+
+
+@on(NATIVE)
+def test_threads_change_no_bit(target):
+    generator = torch.Generator().manual_seed(0)
+    table, keep = tables(2, 60, 130, generator), ascending((2,), 800, 960, generator)
+    tensors = [pages_of(130, 16, 4, 128, "NHD", seed=seed) for seed in range(3)]
+    contract.assert_threads_change_no_bit(lambda: compact(target, tensors, table, keep, torch.tensor([800, 700])))
+
+
+# Edges
+
+
+@every_backend
+def test_edges(target):
+    for B, blocks, page, K in ((0, 3, 4, 2), (1, 1, 1, 1), (2, 3, 4, 0), (1, 2, 4, 8), (1, 0, 4, 0)):
+        tensor = pages_of(7, page, 2, 8, "NHD")
+        table, keep = torch.arange(B * blocks).view(B, blocks).int(), torch.arange(K).expand(B, -1)
+        for lengths in (torch.full((B,), K), torch.zeros(B, dtype=torch.int32)):
+            assert_same_bits(compact(target, [tensor], table, keep, lengths), [tensor])
+
+
+@every_backend
+def test_garbage(target):
+    """Where lengths are 0 or the last kept token comes early, nobody reads keep or the table."""
+    tensor = pages_of(5, 2, 1, 4, "NHD")
+    for value in GARBAGE:
+        keep = torch.full((2, 4), value)
+        keep[0, :2] = torch.tensor([1, 2])
+        table = torch.full((2, 3), value % 2**31 if value > 0 else -5, dtype=torch.int32)
+        table[0, :2] = torch.tensor([3, 1])
+        arguments = table, keep, torch.tensor([2, 0]), "NHD"
+        assert_same_bits(compact(target, [tensor], *arguments), [expected(tensor, *arguments)])
+
+
+@on(*contract.CPU_TARGETS)
+def test_offsets_past_two_to_the_31(target, tmp_path):
+    """Pages far apart in a sparse file."""
+    near = pages_of(4, 2, 2, 8, "NHD", torch.float32)
+    table, keep, lengths = torch.tensor([[3, 0, 2]]).int(), torch.tensor([[1, 2, 5]]), torch.tensor([3])
+    after = expected(near, table, keep, lengths, "NHD")
+    far = contract.far_apart(tmp_path, near, 0)
+    with pruneops.backend(target.backend):
+        pruneops.paged_kv_compact_([far], table, keep, lengths)
+    assert_same_bits(far.contiguous(), after)
+
+
+def test_pages_in_use():
+    lengths = torch.tensor([0, 1, 15, 16, 17, 32], dtype=torch.int32)
+    assert_same_bits(pruneops.pages_in_use(lengths, 16), torch.tensor([0, 1, 1, 1, 2, 2], dtype=torch.int32))
+    assert_same_bits(pruneops.pages_in_use(lengths.long(), 1), lengths.long())
+    with pytest.raises(ValueError, match="page_size must be at least 1, got 0"):
+        pruneops.pages_in_use(lengths, 0)
+    with pytest.raises(TypeError, match="lengths must be Tensor, got list"):
+        pruneops.pages_in_use([3], 4)
+
+
+# Compilation
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_opcheck(target, layout):
+    tensors = [torch.randn(6, 4, 3, 8), torch.randn(6, 2, 4, 3, 8).half()]
+    tensors = [t if layout == "NHD" else t.transpose(-3, -2) for t in tensors]
+    table, keep = torch.tensor([[5, 0], [2, 3]]).int(), torch.tensor([[0, 2, 5], [1, 2, 3]])
+    contract.opcheck(target, "paged_kv_compact_", tensors, table, keep, torch.tensor([3, 2]), layout=layout)
+
+
+def compact_and_read(pages, table, keep, lengths):
+    own = pages * 2
+    pruneops.paged_kv_compact_([own], table, keep, lengths)
+    return own + 1, pruneops.pages_in_use(lengths, pages.shape[1])
+
+
+@every_backend
+def test_compile_without_graph_break(target):
+    calls = []
+    for B, blocks, page, D in ((2, 3, 4, 8), (3, 2, 5, 6)):
+        table = torch.arange(B * blocks).view(B, blocks).int()
+        keep = (torch.arange(page) * 2).expand(B, -1)
+        calls.append((torch.randn(B * blocks, page, 2, D), table, keep, torch.full((B,), page)))
+    contract.assert_compiles(target, compact_and_read, calls)
+
+
+# Errors
+
+PAGES, TABLE = torch.zeros(6, 2, 3, 4), torch.tensor([[5, 0], [2, 3]]).int()
+GOOD = {"pages": [PAGES], "block_table": TABLE, "keep": ints([0, 2, 3], [1, 2, 3]), "lengths": ints(3, 2)}
+bad = functools.partial(Bad, "paged_kv_compact_", GOOD)
+RANK = "of rank 4 or 5: [pages, page, Hk, D] or [pages, 2, ...]"
+PLACE = "a page of its own at every place that is moved from or to"
+BAD = [
+    bad(ValueError, "layout", "'nhd'", "one of ('NHD', 'HND')", layout="nhd"),
+    bad(ValueError, "pages", "an empty list", "at least one tensor", pages=[]),
+    bad(ValueError, "pages[0]", "of shape [2, 3, 4]", RANK, pages=[PAGES[0]]),
+    bad(
+        ValueError, "pages[0]", "expanded", "memory of its own for every element",
+        pages=[PAGES[:1].expand(6, 2, 3, 4)],
+    ),
+    bad(
+        ValueError, "pages[1]", "of shape [6, 1, 3, 4]", "pages of 2 tokens, as pages[0] and keep say",
+        pages=[PAGES, PAGES[:, :1]],
+    ),
+    bad(ValueError, "pages[1]", "the same memory as pages[0]", "passed once", values=True, pages=[PAGES, PAGES]),
+    bad(TypeError, "block_table", "torch.int64", "int32", block_table=TABLE.long()),
+    bad(ValueError, "block_table", "of shape [1, 2]", "of shape [2, blocks]", block_table=TABLE[:1]),
+    bad(ValueError, "keep", "of shape [3]", "[B, K] or [B, Hk, K]", keep=ints(0, 1, 2)),
+    bad(TypeError, "lengths", "torch.float32", "int64 or int32", lengths=torch.ones(2)),
+    bad(ValueError, "lengths", "of shape [1]", "of shape [2]", lengths=ints(1)),
+    bad(ValueError, "lengths", "4", "0 to the 3 entries of keep", values=True, lengths=ints(4, 1)),
+    bad(ValueError, "keep", "4 at one place", "in [0, 4)", values=True, keep=ints([0, 2, 4], [1, 2, 3])),
+    bad(
+        ValueError, "keep", "0 after 2 at [0, 1]", "strictly ascending in every row", values=True,
+        keep=ints([0, 2, 0], [1, 2, 3]),
+    ),
+    bad(ValueError, "block_table", "6 at one place", "in [0, 6)", values=True, block_table=ints([5, 0], [6, 3]).int()),
+    bad(ValueError, "block_table", "page 0 at two places", PLACE, values=True, block_table=ints([5, 0], [0, 3]).int()),
+    bad(ValueError, "block_table", "page 5 at two places", PLACE, values=True, block_table=ints([5, 5], [2, 3]).int()),
+]  # fmt: skip
+
+
+@refused(BAD)
+def test_errors(bad):
+    bad.assert_refused()
+
+
+@on(*contract.CPU_TARGETS)
+@refused(BAD)
+def test_errors_of_backends(target, bad):
+    """The same words, and nothing written."""
+    before = [tensor.clone() for tensor in bad.args[0]]
+    with pruneops.backend(target.backend), pytest.raises(bad.error) as error:
+        pruneops.paged_kv_compact_(*bad.args, **bad.kwargs)
+    assert str(error.value) == bad.message
+    assert_same_bits(list(bad.args[0]), before)
+
+
+@refused([bad for bad in BAD if not bad.values])
+def test_errors_without_values(bad):
+    bad.assert_refused_without_values()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pages": PAGES}, "pages must be list or tuple, got Tensor"),
+        ({"block_table": [[1]]}, "block_table must be Tensor, got list"),
+        ({"lengths": None}, "lengths must be Tensor, got NoneType"),
+        ({"layout": 3}, "layout must be str, got int"),
+    ],
+)
+def test_errors_of_type(changes, words):
+    assert_type_refused("paged_kv_compact_", {**GOOD, **changes}, words)
+
+
+# CUDA
+
+
+@CUDA_KERNELS
+@cuda_checks.every_check
+def test_cuda(target, check):
+    def run(pages, table, keep, lengths):
+        own = [pages.clone(), pages.transpose(2, 3).contiguous()]
+        pruneops.paged_kv_compact_(own[:1], table, keep, lengths)
+        pruneops.paged_kv_compact_(own[1:], table, keep, lengths, layout="HND")
+        return own
+
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        table, keep = tables(2, 60, 130, generator), ascending((2,), 700, 960, generator)
+        pages = pages_of(130, 16, 4, 64, "NHD", together=True, seed=seed)
+        return [t.cuda() for t in (pages, table, keep, torch.tensor([700 - seed, 300 + seed]))]
+
+    check(target, run, inputs)
