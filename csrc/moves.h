@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -138,10 +139,11 @@ inline Positions positions_of(const Tensor& keep, const std::optional<Tensor>& l
 // What each dimension of a tensor is; -1: there is none.
 struct Roles {
   int64_t token, batch, head, page;
+  bool operator==(const Roles&) const = default;
 };
 
-// Adds the job of one tensor. Dimensions that lie next to each other in source and result become one.
-inline void add(Plan& plan, const Tensor& from, const Tensor& to, const Roles& roles, const Tensor& keep) {
+// Dimensions that lie next to each other in source and result become one.
+inline Form form_of(const Tensor& from, const Tensor& to, const Roles& roles, const Tensor& keep) {
   const int64_t bytes = from.element_size();
   Form form;
   form.width = bytes;
@@ -183,22 +185,60 @@ inline void add(Plan& plan, const Tensor& from, const Tensor& to, const Roles& r
   expect(dims.size() <= kMostDims, "a tensor of too many dimensions that do not lie next to each other");
   form.rank = int(dims.size());
   std::copy(dims.begin(), dims.end(), form.dims);
-  if (form.lanes() == 0 || form.width == 0 || plan.positions.count == 0) return;
-  size_t place = plan.forms.size();
-  for (size_t i = place; i-- > 0;)
-    if (plan.forms[i] == form) place = i;
-  if (place == plan.forms.size()) plan.forms.push_back(form);
-  plan.jobs.push_back({static_cast<const char*>(from.const_data_ptr()), static_cast<char*>(to.mutable_data_ptr()),
-                       int(place)});
+  return form;
 }
+
+inline bool alike(const Tensor& one, const Tensor& other) {
+  const auto same = [](auto left, auto right) {
+    return std::equal(left.begin(), left.end(), right.begin(), right.end());
+  };
+  return one.element_size() == other.element_size() && same(one.sizes(), other.sizes()) &&
+         same(one.strides(), other.strides());
+}
+
+// Adds the jobs of tensors [from, to, roles], one after another.
+class Adder {
+ public:
+  Adder(Plan& plan, const Tensor& keep) : plan_(plan), keep_(keep) {}
+
+  void add(const Tensor& from, const Tensor& to, const Roles& roles) {
+    if (!last_ || !(roles == roles_) || !alike(from, last_->first) || !alike(to, last_->second)) {
+      form_ = place_of(form_of(from, to, roles, keep_));
+      last_.emplace(from, to), roles_ = roles;
+    }
+    if (form_ >= 0)
+      plan_.jobs.push_back(
+          {static_cast<const char*>(from.const_data_ptr()), static_cast<char*>(to.mutable_data_ptr()), form_});
+  }
+
+ private:
+  int place_of(const Form& form) {
+    if (form.lanes() == 0 || form.width == 0 || plan_.positions.count == 0) return -1;  // nothing to move
+    for (size_t i = 0; i < plan_.forms.size(); ++i)
+      if (plan_.forms[i] == form) return int(i);
+    plan_.forms.push_back(form);
+    return int(plan_.forms.size()) - 1;
+  }
+
+  Plan& plan_;
+  const Tensor& keep_;
+  std::optional<std::pair<Tensor, Tensor>> last_;  // most tensors are like the one before
+  Roles roles_{};
+  int form_ = -1;
+};
 
 // No tensor twice, and none that overlaps with itself.
 inline void expect_apart(const std::vector<Tensor>& tensors) {
   std::vector<const void*> addresses;
+  addresses.reserve(tensors.size());
   for (const Tensor& tensor : tensors) {
-    for (int64_t d = 0; d < tensor.dim(); ++d)
-      expect(tensor.stride(d) != 0 || tensor.size(d) <= 1, "an expanded tensor can not change in place");
-    if (tensor.numel()) addresses.push_back(tensor.const_data_ptr());
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    bool empty = false;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      expect(strides[d] != 0 || sizes[d] <= 1, "an expanded tensor can not change in place");
+      empty |= sizes[d] == 0;
+    }
+    if (!empty) addresses.push_back(tensor.const_data_ptr());
   }
   std::sort(addresses.begin(), addresses.end());
   expect(std::adjacent_find(addresses.begin(), addresses.end()) == addresses.end(), "a tensor is passed twice");
@@ -229,7 +269,8 @@ inline Plan plan_compact(const std::vector<torch::stable::Tensor>& caches,
                          const std::vector<torch::stable::Tensor>& results, const torch::stable::Tensor& keep,
                          const std::optional<torch::stable::Tensor>& lengths, bool in_place) {
   Plan plan{{}, {}, moves::positions_of(keep, lengths), in_place};
-  for (size_t i = 0; i < caches.size(); ++i) moves::add(plan, caches[i], results[i], {2, 0, 1, -1}, keep);
+  moves::Adder adder(plan, keep);
+  for (size_t i = 0; i < caches.size(); ++i) adder.add(caches[i], results[i], {2, 0, 1, -1});
   return plan;
 }
 
@@ -237,10 +278,12 @@ inline Plan plan_compact(const std::vector<torch::stable::Tensor>& caches,
 inline void expect_caches(const std::vector<torch::stable::Tensor>& caches, const torch::stable::Tensor& keep,
                           bool in_place) {
   moves::expect(!caches.empty() && (keep.dim() == 2 || keep.dim() == 3), "no caches, or the rank of keep");
+  const int64_t rank = keep.dim(), B = keep.size(0), Hk = keep.size(1), K = keep.size(rank - 1);
   for (const auto& cache : caches) {
-    moves::expect(cache.dim() == 4 && cache.size(0) == keep.size(0), "caches do not fit keep");
-    moves::expect(keep.dim() == 2 || cache.size(1) == keep.size(1), "heads do not fit keep");
-    moves::expect(!in_place || keep.size(keep.dim() - 1) <= cache.size(2), "more to keep than there is");
+    const auto sizes = cache.sizes();
+    moves::expect(sizes.size() == 4 && sizes[0] == B, "caches do not fit keep");
+    moves::expect(rank == 2 || sizes[1] == Hk, "heads do not fit keep");
+    moves::expect(!in_place || K <= sizes[2], "more to keep than there is");
     moves::expect_together(cache, keep);
   }
   if (in_place) moves::expect_apart(caches);
@@ -257,6 +300,7 @@ inline Plan plan_paged(const std::vector<torch::stable::Tensor>& pages, const to
   moves::expect_together(block_table, keep);
   positions.table = static_cast<const int32_t*>(block_table.const_data_ptr());
   positions.table_batch = block_table.stride(0), positions.table_block = block_table.stride(1);
+  moves::Adder adder(plan, keep);
   for (const auto& tensor : pages) {
     const int64_t rank = tensor.dim(), token = rank - (nhd ? 3 : 2), head = rank - (nhd ? 2 : 3);
     expect(rank == 4 || rank == 5, "pages must be of rank 4 or 5");
@@ -265,7 +309,7 @@ inline Plan plan_paged(const std::vector<torch::stable::Tensor>& pages, const to
     expect(keep.dim() == 2 || tensor.size(head) == keep.size(1), "heads do not fit keep");
     moves::expect_together(tensor, keep);
     positions.page = page;
-    moves::add(plan, tensor, tensor, {token, -1, head, 0}, keep);
+    adder.add(tensor, tensor, {token, -1, head, 0});
   }
   moves::expect_apart(pages);
   return plan;
@@ -278,6 +322,7 @@ inline Plan plan_gather(const std::vector<torch::stable::Tensor>& tensors, const
   expect(!tensors.empty() && dims.size() == tensors.size() && (keep.dim() == 1 || keep.dim() == 2), "no tensors");
   Plan plan{{}, {}, moves::positions_of(keep, {}), false};
   const bool batched = keep.dim() == 2;
+  moves::Adder adder(plan, keep);
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& tensor = tensors[i];
     expect(batched <= dims[i] && dims[i] < tensor.dim(), "no such dimension");
@@ -289,7 +334,7 @@ inline Plan plan_gather(const std::vector<torch::stable::Tensor>& tensors, const
     }
     sizes[dims[i]] = plan.positions.count;
     results.push_back(torch::stable::new_empty(tensor, sizes));
-    moves::add(plan, tensor, results.back(), {dims[i], batched ? dims[i] - 1 : -1, -1, -1}, keep);
+    adder.add(tensor, results.back(), {dims[i], batched ? dims[i] - 1 : -1, -1, -1});
   }
   return plan;
 }

@@ -91,9 +91,9 @@ def kv_compact_(caches, keep, *, lengths=None):
 
 def _expect_types(op, argument, tensors, **others):
     expect_type(op, **{argument: (tensors, (list, tuple))}, **others)
-    wrong = next((i for i, tensor in enumerate(tensors) if not isinstance(tensor, Tensor)), None)
-    if wrong is not None:
-        expect_type(op, **{f"{argument}[{wrong}]": (tensors[wrong], Tensor)})
+    if set(map(type, tensors)) != {Tensor}:  # other kinds of tensors, or no tensors
+        for i, tensor in enumerate(tensors):
+            expect_type(op, **{f"{argument}[{i}]": (tensor, Tensor)})
 
 
 def expect_keep(op, keep, lengths, first):
