@@ -269,3 +269,9 @@ print(*({"triton", "transformers", "matplotlib", "skimage", "PIL", "pruneops.cli
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run_python(code, PYTHONWARNINGS="error::UserWarning").split() == []
+
+
+def test_code_of_the_readme():
+    """Runs as it stands, on narrower tokens."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    run_python(code.replace("4096", "64"))
