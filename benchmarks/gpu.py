@@ -34,9 +34,12 @@ SHARES = {
     "kcenter": 6,
     "attention_mass": 5,
     "exclusive_bottomk": 4,
+    "kv_compact": 4,
     "pivot_cosine": 3,
     "attention_received": 2,
     "assign_ranks": 1,
+    "paged_kv_compact": 1,
+    "gather_tokens": 1,
 }
 FOUND = 9  # exit status that compute-sanitizer gives when it found an error
 BAD = ("failed", "out of time", "not found")
