@@ -5,26 +5,25 @@
 // from counted bytes.
 //
 // One launch for 128 tensors of at most 7 forms, which travel by value. Nothing is computed: every kept byte is read
-// once and written once, in units of 16 bytes, or of as many as all addresses of a tensor are multiples of. A block of
-// 256 threads takes one slice of the width of one lane's tokens, a thread one unit of every so-many-th token of it.
-//   new       a block has one tile of tokens: 8 loads a thread, then 8 stores; zeros past a row's length
-//   in place  a block has all tokens, 4 a thread at a time: the loads of the next ones are issued before these are
-//             stored. Positions ascend, so a token is never read from where an earlier one goes, and the one barrier
-//             needed is that a tile is all read before any of it is written. Slices and lanes share no bytes. Offsets
-//             (position, page, slot) are found once a token, by a thread each, two tiles ahead, in shared memory.
-//             Tokens that stay where they are, are neither read nor written
+// once and written once, in units of 16 bytes, or of what all addresses and strides of a tensor are multiples of. A
+// block of 256 threads takes a slice of the width of one lane's tokens, a thread one unit of every so-many-th token.
+//   new       a block has one tile of tokens: 8 loads a thread, then 8 stores; zeros past a row's length. Sources leave
+//             the caches first, results stay for whoever reads them next
+//   in place  a block has all tokens, tile by tile, 4 a thread. Positions ascend, so that stores of a tile never meet
+//             loads of a later one: those are issued before, and the one barrier a tile is for its own loads. Slices
+//             and lanes share no bytes. A thread per token finds where it is and goes (position, page, slot), a tile
+//             ahead of its loads. Tokens that stay where they are, are neither read nor written
 //
-// On an H200, 4.3 TB/s of copies at 1 us of latency are 2.2 MB of loads in flight: 16 KB a multiprocessor.
-//   64 caches of 3072 -> 352 (B 1, Hk 32, D 128, bf16)  185 MB in, 185 MB out: floor 86 us. 6144 blocks of 32 KB, 4 a
-//       multiprocessor (64 registers): 128 KB in flight, 8 times enough for the 2 us that a block waits for parameters,
-//       keep and tokens one after the other
-//   64 such caches losing 10 % in place, 3072 -> 2765   1.45 GB in and out: floor 674 us. 2048 blocks with 16 to 32 KB
-//       in flight each, 4 a multiprocessor: 3.9 waves
-//   64 caches losing 10 % in place, Hk 4                181 MB in and out: floor 84 us. 256 lanes would leave 2 blocks a
-//       multiprocessor, and 8 of those 1; 4 slices of 64 bytes make 1024 blocks. One goes through 2765 tokens in 11
-//       tiles of 256, 1 us each at least: all together at 16 KB a tile 1.4 TB/s a wave if they had no second tile under
-//       way, 16 MB in flight: memory, not latency, is the limit
-//   one cache, Hk 8, losing 10 % in place               11 MB: 32 blocks, 11 tiles of about 1 us
+// Copies at 4.3 TB/s on an H200 with 1 us of latency need 2.2 MB of loads in flight, 16 KB a multiprocessor. 4 blocks
+// fit there (64 registers a thread), with 32 KB each, in place 16 to 32 KB: 4 to 8 times as much.
+//   64 caches 3072 -> 352, B 1, Hk 32, D 128, bf16   185 MB in and out: floor 86 us. 6144 blocks, 12 waves; one lives
+//       about 2 us if it is alone: parameters, keep and tokens one after the other
+//   64 such caches 3072 -> 2765 in place             1.45 GB in and out: floor 674 us. 2048 blocks, 3.9 waves
+//   64 caches 3072 -> 2765 in place, Hk 4            181 MB in and out: floor 84 us. 256 lanes would leave one block to
+//       some multiprocessors and two to others; slices of 128 bytes make 512 blocks, 3 or 4 for each and 8 to 16 MB in
+//       flight. 22 tiles at 1 us are 22 us: memory is the limit, not latency
+//   one cache 3072 -> 2765 in place, Hk 8            6 MB in and out: floor 3 us. 32 blocks with slices of 64 bytes, 11
+//       tiles at 1 us: latency is
 #pragma once
 
 #include <algorithm>
@@ -36,20 +35,20 @@
 namespace pruneops {
 
 constexpr int kMoveThreads = 256;
-constexpr int kMoveBlocks = 4;        // of a multiprocessor: 64 registers a thread
-constexpr int kNewTokens = 8;         // a thread's loads under way
-constexpr int kInPlaceTokens = 4;     // and as many of the next tile
-constexpr int kSector = 32;           // bytes: the least that memory moves
-constexpr int kEnoughBlocks = 1024;   // in place
-constexpr int64_t kMostKept = 1 << 30;           // of a lane: counted by ints
+constexpr int kMoveBlocks = 4;                   // of a multiprocessor
+constexpr int kNewTokens = 8;                    // of a thread, at a time
+constexpr int kInPlaceTokens = 4;                // and as many of the next tile
+constexpr int kEnoughBlocks = 512;               // in place
+constexpr int kSector = 32;                      // bytes: the least that memory moves
 constexpr int kMostJobs = 128, kMostGroups = 7;  // of a launch
+constexpr int64_t kMostKept = 1 << 30;           // of a lane: counted by ints
 
 // Jobs whose tokens lie alike and move in units of the same size.
 struct Group {
   Form form;
-  int unit;                         // bytes
-  int slice;                        // units of a token that a block moves
-  unsigned slices, tiles, blocks;   // blocks: lanes * tiles * slices
+  int unit;                        // bytes
+  int slice;                       // units of a token that a block moves
+  unsigned slices, tiles, blocks;  // blocks: lanes * tiles * slices
 };
 
 struct Moves {
@@ -84,8 +83,8 @@ __device__ __forceinline__ void move_tile(const Positions& positions, const Form
   }
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
-    unit[i] = Unit{};
-    if (position[i] >= 0) unit[i] = load_once(reinterpret_cast<const Unit*>(share.from + position[i] * form.from_token));
+    const char* from = share.from + position[i] * form.from_token;
+    unit[i] = position[i] >= 0 ? load_once(reinterpret_cast<const Unit*>(from)) : Unit{};
   }
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
@@ -198,15 +197,14 @@ __global__ void __launch_bounds__(kMoveThreads, kMoveBlocks) move_tokens(const _
   }
 }
 
-// Cuts tokens into `least` slices or more: of whole sectors, of at least two, and of a size that gives 9 of 10 threads
+// Cuts tokens into about `least` slices or more: of whole sectors, two or more, of a size that gives 9 of 10 threads
 // a unit to move, or as many as can be.
 inline void cut(Group& group, int64_t least) {
   const int64_t units = group.form.width / group.unit, sector = std::max(1, kSector / group.unit);
   const auto parts = [&](int64_t size) { return (units + size - 1) / size; };
-  const int64_t narrow = std::min(units, 2 * sector), wide = std::max(narrow, parts(least) / sector * sector);
-  int64_t most = 0;
-  for (int64_t size = std::min<int64_t>(wide, kMoveThreads); size >= narrow && most < kMoveThreads * 9 / 10;
-       size -= sector) {
+  const int64_t narrow = std::min(units, 2 * sector), about = (parts(least) + sector - 1) / sector * sector;
+  int64_t size = std::min({units, std::max(narrow, about), int64_t(kMoveThreads)}), most = 0;
+  for (; size >= narrow && most < kMoveThreads * 9 / 10; size -= sector) {
     const int64_t busy = kMoveThreads / size * units / parts(size);
     if (busy > most) most = busy, group.slice = int(size), group.slices = unsigned(parts(size));
   }

@@ -7,7 +7,9 @@ namespace pruneops {
 namespace {
 
 void paged_kv_compact_(Tensors pages, Tensor block_table, Tensor keep, Tensor lengths, bool nhd) {
-  run(plan_paged(pages, block_table, keep, lengths, nhd), keep);
+  const Plan plan = plan_paged(pages, block_table, keep, lengths, nhd);
+  moves::expect(block_table.size(1) <= UINT32_MAX / plan.positions.page, "too many positions");
+  run(plan, keep);
 }
 
 }  // namespace
