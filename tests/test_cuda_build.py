@@ -21,12 +21,15 @@ KERNELS = {
     *(f"pivot_cosine_pass<{element}, 2, {2 if element == 'float' else 8}>" for element in ELEMENTS),
     *(f"exclusive_bottomk_select<{element}, {listed}>" for element in ELEMENTS for listed in ("false", "true")),
     *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
+    "move_tokens<false>",
+    "move_tokens<true>",
 }
 # Shared memory that kernels are launched with; assign_ranks takes what the card has.
 DYNAMIC_BYTES = {
     "kcenter_lazy<.*": "sizeof(LazyShared)",
     "kcenter_gram<.*": "kPipelineBytes",
     "exclusive_bottomk_select<.*": "sizeof(BottomkShared)",
+    "move_tokens<true>": "3 * 2 * 8 * 256",  # three places of every token of two tiles; its header includes torch
     **{
         f"pivot_cosine_pass<.*, {t}, {g}>": f"sizeof(PivotShared<{t}, {g}>)"
         for t, g in ((1, 1), (2, 1), (2, 2), (2, 8))
