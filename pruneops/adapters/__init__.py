@@ -1,0 +1,1 @@
+"""Adapters: methods inside real models."""

@@ -1,0 +1,635 @@
+"""Pruning inside transformers models, release 5.0 and later: hooks, and caches that remember what they no longer hold.
+
+A request begins when a forward pass meets visual tokens and an empty cache. Its state is the cache: every layer becomes
+a `PrunedLayer`, which knows which of its tokens are visual or padding and how many were removed. Tokens are removed
+after the projector (before the decoder), before chosen layers, and between steps of generation. Positions are
+never renumbered, and the model's attention implementation stays as it is: where a method needs queries, one attention
+module is watched in prefill. While nothing has been removed the model computes what it always did, to the bit.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import time
+from typing import NamedTuple
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..methods import Image, Row, cls_attention
+from ..ops import gather_tokens, kv_compact_
+
+FAMILIES = (
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm",
+)  # fmt: skip
+WATCHED = "pruneops_watched"  # an attention implementation: the module's own, queries remembered
+
+
+class UnsupportedError(RuntimeError):
+    """What was asked for cannot be pruned; the message says why and what to do."""
+
+
+class PrunedLayer(DynamicLayer):
+    """Keys and values of one layer, some of whose tokens were removed.
+
+    Attributes
+    ----------
+    removed : int
+        How many tokens shorter it is than the text.
+    valid, visual : Tensor [B, S], bool, or None
+        Which of its tokens may be attended to (None: all), and which are an image's.
+    """
+
+    removed, valid, visual = 0, None, None
+
+    def get_seq_length(self, *_):
+        return super().get_seq_length() + self.removed
+
+    def get_mask_sizes(self, query_length):
+        length = query_length if isinstance(query_length, int) else len(query_length)  # positions, before 5.5
+        return self.size + length, self.removed
+
+    @property
+    def size(self):
+        return super().get_seq_length()
+
+    def crop(self, tokens_to_remove):
+        raise UnsupportedError("pruneops: a pruned cache cannot be cropped (assisted decoding); generate without it")
+
+    def reset(self):
+        super().reset()
+        self.removed, self.valid, self.visual = 0, None, None
+
+    def _each_flag(self, change):
+        self.valid, self.visual = (None if flags is None else change(flags) for flags in (self.valid, self.visual))
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._each_flag(lambda flags: flags[beam_idx.to(flags.device)])
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._each_flag(lambda flags: flags.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._each_flag(lambda flags: flags[indices])
+
+
+class Tokens(NamedTuple):
+    """The tokens of a forward pass that are still there, [B, S] each.
+
+    images: of each row's, (first, last + 1) among its visual tokens.
+    """
+
+    index: torch.Tensor  # in the text
+    valid: torch.Tensor
+    visual: torch.Tensor
+    images: list
+
+    @property
+    def complete(self):
+        return bool(self.valid.all())
+
+
+def patch(model, method):
+    """Prune inside a model, in place or as a context manager.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 or SmolVLM.
+    method : pruneops.methods.Method
+
+    Returns
+    -------
+    Handle
+        `remove()`, `disabled()`, `override(keep=...)`, `stats`; also a context manager that removes itself.
+
+    Raises
+    ------
+    UnsupportedError
+        On an unknown architecture, or a model that is patched already. In forward passes: on caches that cannot be
+        pruned (static, offloaded, quantised, sliding) and on `use_cache=False`.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise UnsupportedError(f"pruneops.patch: {kind} is not supported; supported are {', '.join(FAMILIES)}")
+    if getattr(model, "_pruneops", None) is not None:
+        raise UnsupportedError("pruneops.patch: this model is patched already; call remove() of its handle first")
+    return Handle(model, method)
+
+
+class Handle:
+    """A patched model. `method` may be exchanged between requests."""
+
+    def __init__(self, model, method):
+        self.model, self.method, self.stats = model, method, []
+        self.decoder = model.get_decoder()
+        self._enabled, self._pass, self._ids = True, None, None
+        self.tower = Tower(model)
+        hooks = [
+            *self.tower.hooks,
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ]
+        for i, layer in enumerate(self.decoder.layers):
+            hooks.append(layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(self._after_layer(i)))
+        self._hooks = hooks
+        model._pruneops = self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.remove()
+
+    def remove(self):
+        """Take all hooks away; the model is what it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.tower.forget()
+        if getattr(self.model, "_pruneops", None) is self:
+            del self.model._pruneops
+
+    @contextlib.contextmanager
+    def disabled(self):
+        """Requests that begin inside are not pruned."""
+        was, self._enabled = self._enabled, False
+        try:
+            yield self
+        finally:
+            self._enabled = was
+
+    @contextlib.contextmanager
+    def override(self, **settings):
+        """Requests that begin inside are pruned with other settings of the method."""
+        was, self.method = self.method, dataclasses.replace(self.method, **settings)
+        try:
+            yield self
+        finally:
+            self.method = was
+
+    # Hooks
+
+    def _before_model(self, module, args, kwargs):
+        self._ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        if self._enabled and cache is not None and cache.get_seq_length() > 0 and self._brings_images(kwargs):
+            raise UnsupportedError(
+                "pruneops: images on a cache that holds tokens already (chunked prefill, or a new image in a later "
+                "turn) cannot be pruned; give all images with the first forward pass, or use handle.disabled()"
+            )
+
+    def _brings_images(self, kwargs):
+        """Whether a pass has visual tokens of its own; an image-token id that was generated brings no image."""
+        names = "pixel_values", "pixel_values_videos", "mm_encoder_outputs"
+        given = any(kwargs.get(name) is not None for name in names)
+        return given and self._ids is not None and self._ids.shape[1] > 1 and self._is_visual().any()
+
+    def _before_decoder(self, module, args, kwargs):
+        self._pass = None
+        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        request = getattr(cache, "_pruneops", None)
+        if request is None:
+            visual = self._visual(embeds)
+            if not self._enabled or visual is None or (cache is not None and cache.get_seq_length() > 0):
+                return None
+            kwargs["past_key_values"] = cache = self._own_cache(module, cache, kwargs)
+            cache._pruneops = request = Request(self.method, len(module.layers))
+            self.stats.append(request.stats)
+            self._pass = Prefill(self, request, cache, embeds, visual, kwargs)
+        else:
+            self._pass = Continuation(request, cache, embeds, kwargs)
+        return args, self._pass.kwargs
+
+    def _after_decoder(self, module, args, output):
+        self._pass = None
+
+    def _before_layer(self, i):
+        def hook(module, args, kwargs):
+            return None if self._pass is None else self._pass.before_layer(i, args, kwargs)
+
+        return hook
+
+    def _after_layer(self, i):
+        def hook(module, args, output):
+            return None if self._pass is None else self._pass.after_layer(i, output)
+
+        return hook
+
+    def _visual(self, embeds):
+        """bool [B, S], or None if no token is an image's."""
+        if self._ids is None or self._ids.shape != embeds.shape[:2]:
+            return None
+        visual = self._is_visual()
+        return visual if visual.any() else None
+
+    def _is_visual(self):
+        config = self.model.config
+        tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        return torch.isin(self._ids, torch.tensor([t for t in tokens if t is not None], device=self._ids.device))
+
+    def _own_cache(self, decoder, cache, kwargs):
+        use_cache = kwargs.get("use_cache")
+        if cache is None and not (decoder.config.use_cache if use_cache is None else use_cache):
+            raise UnsupportedError("pruneops: use_cache=False cannot be pruned; leave use_cache at True")
+        if cache is None:
+            cache = DynamicCache(config=decoder.config)
+        plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if not plain or getattr(cache, "offloading", False):
+            what = type(cache).__name__ if type(cache) is not DynamicCache else type(cache.layers[0]).__name__
+            raise UnsupportedError(f"pruneops: a {what} cannot be pruned; generate with the default DynamicCache")
+        cache.layers = [PrunedLayer() for _ in decoder.layers]
+        return cache
+
+
+class Tower:
+    """What methods may know of images beside their features: attention from [CLS], where a CLIP tower has one.
+
+    The queries and keys of the tower's last layer are remembered from its last run.
+    """
+
+    def __init__(self, model):
+        self.model, self.image_sizes, self.seen, self.hooks = model, None, {}, []
+        config = getattr(model.config, "vision_config", None)
+        self.has_cls = getattr(config, "model_type", None) == "clip_vision_model"
+        if self.has_cls:
+            attention = [m for name, m in model.named_modules() if "vision_tower" in name and hasattr(m, "q_proj")][-1]
+            self.heads = config.num_attention_heads
+            for name in ("q_proj", "k_proj"):
+                self.hooks.append(getattr(attention, name).register_forward_hook(self._remember(name)))
+        self.base = getattr(model, "model", None) if model.config.model_type == "llava_next" else None
+        if self.base is not None:  # whose tiles are whose: only this method of the model is told
+            encode = self.base.get_image_features
+
+            @functools.wraps(encode)
+            def get_image_features(*args, **kwargs):
+                sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_sizes")
+                self.image_sizes = sizes
+                return encode(*args, **kwargs)
+
+            self.base.get_image_features = get_image_features
+
+    def forget(self):
+        self.seen.clear()
+        if self.base is not None:
+            vars(self.base).pop("get_image_features", None)
+            self.base = None
+
+    def _remember(self, name):
+        def hook(module, args, output):
+            self.seen[name] = output.detach()
+
+        return hook
+
+    def images(self, sizes):
+        """For every row and image a dictionary of `Image`'s optional fields; sizes: tokens of each."""
+        if not self.has_cls or len(self.seen) < 2:
+            return [[{} for _ in row] for row in sizes]
+        query, key = (
+            self.seen.pop(name).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj")
+        )
+        attention = cls_attention(query, key)  # [tiles, n]
+        tiles, total = self._tiles(), sum(map(len, sizes))
+        if tiles is None:
+            tiles = [1] * len(attention)
+        copies = total // len(tiles) if len(tiles) and total % len(tiles) == 0 else 0  # beams of one prompt
+        if not copies or sum(tiles) != len(attention):
+            return [[{} for _ in row] for row in sizes]
+        starts = [end - count for end, count in zip(itertools.accumulate(tiles), tiles)]
+        fields, image = [], 0
+        for b, row in enumerate(sizes):
+            if b % copies == 0:
+                own = [self._image(attention[starts[image + j]], size) for j, size in enumerate(row)]
+                image += len(row)
+            fields.append(own)
+        return fields
+
+    def _image(self, attention, size):
+        """AnyRes: the first tile is the thumbnail, whose tokens come first; the others' attention is not used."""
+        n = len(attention)
+        if size == n + 1 and self.model.config.vision_feature_select_strategy == "full":
+            return {"cls_attention": torch.nn.functional.pad(attention, (1, 0))}
+        if size == n:
+            return {"cls_attention": attention}
+        return {"cls_attention": torch.nn.functional.pad(attention, (0, size - n)), "thumbnail": (0, n)}
+
+    def _tiles(self):
+        """Tiles of every image, None where each image is one."""
+        if self.model.config.model_type != "llava_next" or self.image_sizes is None:
+            return None
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        side = config.vision_config.image_size
+        return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in self.image_sizes]
+
+
+class Request:
+    """What one prompt, and what is generated from it, knows about itself; it lives on its cache."""
+
+    def __init__(self, method, count):
+        self.method, self.length, self.touched, self.step = method, 0, False, 0
+        self.stats = Stats([0] * count, [0] * count)
+
+
+@dataclasses.dataclass
+class Stats:
+    """Of one request: visual tokens that entered and that each layer holds, bytes of keys and values, seconds."""
+
+    kept: list
+    kv_bytes: list
+    visual: int = 0
+    kv_bytes_unpruned: int = 0  # of a layer
+    seconds: float = 0.0  # that the host spent on selection
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    def __str__(self):
+        lines = [f"layer  visual tokens of {self.visual}  KV bytes of {self.kv_bytes_unpruned} a layer"]
+        for i, (kept, size) in enumerate(zip(self.kept, self.kv_bytes)):
+            lines.append(f"{i:5}  {kept:{len(f'visual tokens of {self.visual}')}}  {size}")
+        return "\n".join([*lines, f"selection: {1e3 * self.seconds:.1f} ms"])
+
+
+class Continuation:
+    """A forward pass on a cache that was pruned."""
+
+    def __init__(self, request, cache, embeds, kwargs):
+        self.request, self.cache, self.kwargs, self.embeds = request, cache, dict(kwargs), embeds
+        mask = kwargs.get("attention_mask")
+        new = embeds.shape[1]
+        self.valid = None if mask is None or mask.dim() != 2 else mask[:, -new:].bool()
+        request.step += 1
+        remove_between_steps(request, cache)
+        if request.touched:
+            self.kwargs["attention_mask"] = None
+        request.length += new
+
+    def before_layer(self, i, args, kwargs):
+        layer, (B, new) = self.cache.layers[i], self.embeds.shape[:2]
+        own = torch.ones(B, new, dtype=torch.bool, device=self.embeds.device) if self.valid is None else self.valid
+        visual = torch.zeros_like(own)
+        if layer.valid is not None or not own.all():
+            before = layer.valid if layer.valid is not None else own.new_ones(B, layer.size)
+            layer.valid = torch.cat([before, own], 1)
+        layer.visual = torch.cat([layer.visual, visual], 1)
+        if not self.request.touched:
+            return None
+        kwargs["attention_mask"] = attention_mask(layer.valid, new, layer.size + new, self.embeds)
+        return args, kwargs
+
+    def after_layer(self, i, output):
+        return None
+
+
+class Prefill:
+    """The forward pass that meets the images."""
+
+    def __init__(self, handle, request, cache, embeds, visual, kwargs):
+        self.handle, self.request, self.cache, self.kwargs = handle, request, cache, dict(kwargs)
+        self.method, self.changed = request.method, False
+        B, S = embeds.shape[:2]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            raise UnsupportedError("pruneops: an attention mask of rank 4 cannot be pruned; pass one of rank 2")
+        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        index = torch.arange(S, device=embeds.device).expand(B, S)
+        self.spans = [runs(row) for row in (visual & valid).tolist()]  # of images, in the text
+        self.sizes = [[end - first for first, end in row] for row in self.spans]
+        self.tokens = Tokens(index, valid, visual & valid, [side_by_side(row) for row in self.sizes])
+        request.length, request.stats.visual = S, int(self.tokens.visual.sum())
+        self.positions, self.rotary, self.mask = kwargs.get("position_ids"), None, mask
+        self.deepstack = self.kwargs.pop("deepstack_visual_embeds", None), self.kwargs.pop("visual_pos_masks", None)
+        self.watch = {layer - 1 for layer in self.method.layers(len(cache.layers)) if "query" in self.method.needs}
+        self.queries = {}
+        if self.method.after_projector:
+            self._after_projector(embeds)
+
+    def _after_projector(self, embeds):
+        start = time.perf_counter()
+        rows = []
+        towers = self.handle.tower.images(self.sizes)
+        for b, (spans, seen) in enumerate(zip(self.spans, towers)):
+            images = [Image(embeds[b, slice(*span)], **own) for span, own in zip(spans, seen)]
+            rows.append(self.method.select_each(images))
+        kept = self._keep(rows)
+        if kept is not None:
+            positions = self.kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            self.kwargs["inputs_embeds"], self.kwargs["position_ids"] = gather([embeds, positions], kept, [1, -1])
+            # the layers get masks of their own
+            self.kwargs["attention_mask"] = None
+        self.request.stats.seconds += time.perf_counter() - start
+
+    def _keep(self, rows):
+        """Drop visual tokens but those of `rows`: for every row and image, ranks within it. [B, S'] or None: all."""
+        tokens, kept = self.tokens, []
+        counts = [[len(own) for own in row] for row in rows]
+        if counts == [[end - first for first, end in row] for row in tokens.images]:
+            return None
+        for b, images in enumerate(tokens.images):
+            stays = tokens.valid[b] & ~tokens.visual[b]
+            places = tokens.visual[b].nonzero()[:, 0]
+            for own, (first, end) in zip(rows[b], images):
+                stays[places[first:end][own.to(places.device)]] = True
+            kept.append(stays.nonzero()[:, 0])
+        longest = max(map(len, kept))
+        index = torch.stack([torch.nn.functional.pad(own, (longest - len(own), 0)) for own in kept])
+        valid = torch.stack([torch.arange(longest, device=index.device) >= longest - len(own) for own in kept])
+        take = lambda flags: flags.gather(1, index)  # noqa: E731
+        visual = take(tokens.visual) & valid
+        self.tokens = Tokens(take(tokens.index), valid, visual, [side_by_side(row) for row in counts])
+        self.changed = self.request.touched = True
+        return index
+
+    def before_layer(self, i, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if i in self.method.layers(len(self.cache.layers)):
+            hidden = self._before_method_layer(i, hidden)
+        if i in self.watch:
+            self._watch(self.handle.decoder.layers[i].self_attn, i)
+        tokens, layer = self.tokens, self.cache.layers[i]
+        layer.removed = self.request.length - tokens.index.shape[1]
+        layer.valid, layer.visual = (None if tokens.complete else tokens.valid), tokens.visual
+        if not self.changed:
+            return None
+        kwargs["attention_mask"] = attention_mask(layer.valid, hidden.shape[1], hidden.shape[1], hidden)
+        if self.rotary is not None:  # pruned inside the decoder
+            kwargs["position_embeddings"], kwargs["position_ids"] = self._placed(kwargs)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
+
+    def _placed(self, kwargs):
+        """Rotary embeddings and position ids of the tokens that are left, of those the decoder made."""
+        cos, sin = kwargs["position_embeddings"]
+        positions = kwargs.get("position_ids")
+        tensors = [cos, sin] + ([] if positions is None else [positions])
+        cos, sin, *positions = gather(tensors, self.rotary, [-2, -2, -1][: len(tensors)])
+        return (cos, sin), positions[0] if positions else None
+
+    def _before_method_layer(self, i, hidden):
+        start = time.perf_counter()
+        rows = [self._chosen(i, b, hidden) for b in range(len(hidden))]
+        kept = self._keep(rows)
+        if kept is not None:
+            (hidden,) = gather([hidden], kept, [1])
+            self.rotary = kept if self.rotary is None else self.rotary.gather(1, kept)
+        self.request.stats.seconds += time.perf_counter() - start
+        return hidden
+
+    def _chosen(self, i, b, hidden):
+        """For every image of row b the ranks that stay."""
+        valid = self.tokens.valid[b]
+        first = int(valid.int().argmax())  # padding is on the left
+        visual = self.tokens.visual[b, first:].nonzero()[:, 0]
+        images = self.tokens.images[b]
+        query, key = self.queries.get(i - 1), self.cache.layers[i - 1].keys if i else None
+        row = Row(
+            hidden=hidden[b, first:],
+            query=None if query is None else query[b, :, first:],
+            key=None if key is None else key[b, :, first:],
+            norm=getattr(self.handle.decoder, "norm", None),
+            visual=visual,
+            images=images,
+            sizes=self.sizes[b],
+        )
+        every = [torch.arange(end - start) for start, end in images]
+        if not len(visual):
+            return every
+        chosen = self.method.at_layer(i, row, len(self.cache.layers))
+        if chosen is None:
+            return every
+        return [chosen[(chosen >= start) & (chosen < end)] - start for start, end in images]
+
+    def _watch(self, attention, i):
+        """Have an attention module remember its queries, this once; it computes what it always does."""
+        config, queries = attention.config, self.queries
+        name = config._attn_implementation
+        eager = getattr(inspect.getmodule(type(attention)), "eager_attention_forward", None)
+
+        def watched(module, query, *args, **kwargs):
+            queries[i], module.config = query, config
+            return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, *args, **kwargs)
+
+        AttentionInterface.register(WATCHED, watched)
+        attention.config = _Renamed(config, WATCHED)
+
+    def after_layer(self, i, output):
+        self._count(i)
+        embeds, mask = self.deepstack
+        if embeds is None or i >= len(embeds):
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        full = torch.zeros(*mask.shape, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+        full[mask] = embeds[i].to(hidden)
+        hidden = hidden + torch.where(
+            self.tokens.visual[..., None], full.gather(1, self.tokens.index[..., None].expand_as(hidden)), 0
+        )
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _count(self, i):
+        stats, keys = self.request.stats, self.cache.layers[i].keys
+        stats.kept[i] = int(self.tokens.visual.sum())
+        stats.kv_bytes[i] = 2 * keys.numel() * keys.element_size()
+        stats.kv_bytes_unpruned = stats.kv_bytes[i] // keys.shape[2] * self.request.length
+
+
+class _Renamed:
+    """A configuration under another attention implementation."""
+
+    def __init__(self, config, name):
+        self.__dict__.update(_config=config, _attn_implementation=name)
+
+    def __getattr__(self, name):
+        return getattr(self._config, name)
+
+
+def remove_between_steps(request, cache):
+    """Ask the method, where it has a say between steps, and compact the caches of the layers."""
+    at_step = getattr(request.method, "at_step", None)
+    if at_step is None:
+        return
+    for i, layer in enumerate(cache.layers):
+        counts = layer.visual.sum(1).tolist()
+        ranks = [at_step(request.step, i, count) for count in counts]
+        if all(own is None or len(own) == count for own, count in zip(ranks, counts)):
+            continue
+        valid = torch.ones_like(layer.visual) if layer.valid is None else layer.valid
+        kept = []
+        for b, own in enumerate(ranks):
+            places = layer.visual[b].nonzero()[:, 0]
+            stays = valid[b] & ~layer.visual[b]
+            stays[places if own is None else places[own.to(places.device)]] = True
+            kept.append(stays.nonzero()[:, 0])
+        lengths = torch.tensor([len(own) for own in kept], device=layer.keys.device)
+        longest = int(lengths.max())
+        if longest == layer.size and bool((lengths == longest).all()):
+            continue
+        index = torch.stack([torch.nn.functional.pad(own, (0, longest - len(own))) for own in kept])
+        kv_compact_([layer.keys, layer.values], index, lengths=lengths)
+        layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
+        inside = torch.arange(longest, device=index.device) < lengths[:, None]
+        layer.visual = layer.visual.gather(1, index) & inside
+        layer.valid = None if bool(inside.all()) else inside
+        layer.removed = request.length - longest
+        request.touched = True
+        request.stats.kept[i] = int(layer.visual.sum())
+        request.stats.kv_bytes[i] = 2 * layer.keys.numel() * layer.keys.element_size()
+
+
+def attention_mask(valid, new, length, like):
+    """[B, 1, new, length] to be added to logits, or None where every new token sees all before it and itself.
+
+    valid: bool [B, length] or None.
+    """
+    if valid is None and new in (1, length):
+        return None if new == 1 else _causal(new, length, like)
+    mask = _causal(new, length, like)
+    if valid is None:
+        return mask
+    return mask.masked_fill(~valid[:, None, None], torch.finfo(like.dtype).min)
+
+
+def _causal(new, length, like):
+    rows, columns = (torch.arange(n, device=like.device) for n in (new, length))
+    unseen = columns > rows[:, None] + length - new
+    return torch.zeros(new, length, dtype=like.dtype, device=like.device).masked_fill(
+        unseen, torch.finfo(like.dtype).min
+    )[None, None]
+
+
+def gather(tensors, keep, dims):
+    """Tokens keep [B, K] of tensors whose batch, perhaps of 1, stands before the tokens or, at `dim` -1, too."""
+    dims = [dim % tensor.dim() for tensor, dim in zip(tensors, dims)]
+    return gather_tokens(tensors, keep, dims)
+
+
+def side_by_side(counts):
+    """(first, last + 1) of groups of so many."""
+    ends = list(itertools.accumulate(counts))
+    return [(end - count, end) for count, end in zip(counts, ends)]
+
+
+def runs(flags):
+    """(first, last + 1) of each run of true flags."""
+    edges = [0, *map(int, flags), 0]
+    starts = [i for i in range(len(flags)) if edges[i + 1] and not edges[i]]
+    ends = [i + 1 for i in range(len(flags)) if edges[i + 1] and not edges[i + 2]]
+    return list(zip(starts, ends))
+
+
+__all__ = ["Cache", "Handle", "PrunedLayer", "Stats", "UnsupportedError", "patch"]

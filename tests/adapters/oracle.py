@@ -1,0 +1,119 @@
+"""What a pruned model must compute: the unpruned one, without a cache, in which nobody sees the removed tokens."""
+
+import contextlib
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Thin:
+    """A method for tests: of every image it keeps some of the ranks, wherever it is told to act."""
+
+    projector: bool = False
+    at: tuple = ()
+    steps: tuple = ()
+    keep: float = 0.5
+    needs = frozenset({"query", "key"})
+
+    @property
+    def after_projector(self):
+        return self.projector
+
+    def layers(self, count):
+        return self.at
+
+    def select_each(self, images):
+        return [self.kept(len(image.features), 0) for image in images]
+
+    def at_layer(self, layer, row, count):
+        assert row.query.shape[1] == row.key.shape[1] == len(row.hidden)
+        return torch.cat([self.kept(end - first, layer) + first for first, end in row.images])
+
+    def at_step(self, step, layer, count):
+        return self.kept(count, step) if step in self.steps else None
+
+    def kept(self, count, seed):
+        return torch.arange(count) if self.keep == 1 else torch.arange(seed % 2, count, 2)
+
+
+def present(method, spans, length, layers, step):
+    """bool [layers, length]: which tokens of one prompt, whose images are at `spans`, step `step` sees."""
+    images = [torch.arange(*span) for span in spans]
+    if method.projector:
+        images = [own[method.kept(len(own), 0)] for own in images]
+    seen = torch.ones(layers, length, dtype=torch.bool)
+    for layer in range(layers):
+        if layer in method.at:
+            images = [own[method.kept(len(own), layer)] for own in images]
+        visual = torch.cat(images) if images else torch.arange(0)
+        for done in range(1, step + 1):
+            ranks = method.at_step(done, layer, len(visual))
+            visual = visual if ranks is None else visual[ranks]
+        for span in spans:
+            seen[layer, slice(*span)] = False
+        seen[layer, visual] = True
+    return seen
+
+
+@contextlib.contextmanager
+def watched(decoder, calls):
+    """Appends the keyword arguments of every forward pass of the decoder."""
+    hook = decoder.register_forward_pre_hook(lambda m, a, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def masked(decoder, masks):
+    """Every layer gets its own attention mask."""
+
+    def hook(mask):
+        return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
+
+    hooks = [
+        layer.register_forward_pre_hook(hook(mask), with_kwargs=True) for layer, mask in zip(decoder.layers, masks)
+    ]
+    try:
+        yield
+    finally:
+        for own in hooks:
+            own.remove()
+
+
+def logits(model, inputs, spans, method, generated):
+    """[steps, B, vocabulary]: of the last token after the prompt and after each generated token but the last.
+
+    generated [B, steps]; spans: per row, where its images are.
+    """
+    decoder, calls = model.get_decoder(), []
+    with torch.no_grad(), watched(decoder, calls):
+        count = generated.shape[1]
+        model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    first, steps = calls[0], calls[1:]
+    embeds = torch.cat([first["inputs_embeds"], model.get_input_embeddings()(generated[:, :-1])], 1)
+    positions = torch.cat([call["position_ids"] for call in calls], -1)
+    prompt, (B, T) = inputs["input_ids"].shape[1], embeds.shape[:2]
+    layers = len(decoder.layers)
+    seen = torch.zeros(layers, B, T, T, dtype=torch.bool)
+    valid = torch.cat([inputs["attention_mask"], torch.ones(B, T - prompt)], 1).bool()
+    for b in range(B):
+        for row in range(T):
+            step = max(0, row - prompt + 1)
+            seen[:, b, row] = present(method, spans[b], T, layers, step) & valid[b]
+    seen &= torch.ones(T, T).tril().bool()
+    seen |= torch.eye(T).bool()
+    masks = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, :, None]
+    extra = {}
+    if first.get("visual_pos_masks") is not None:
+        flags = first["visual_pos_masks"]
+        extra["visual_pos_masks"] = torch.cat([flags, flags.new_zeros(B, T - prompt)], 1)
+        extra["deepstack_visual_embeds"] = first["deepstack_visual_embeds"]
+    assert len(steps) == T - prompt
+    with torch.no_grad(), masked(decoder, masks):
+        hidden = decoder(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=masks[0], use_cache=False, **extra
+        ).last_hidden_state
+        return model.lm_head(hidden[:, prompt - 1 :]).transpose(0, 1)

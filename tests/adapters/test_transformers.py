@@ -1,0 +1,314 @@
+"""Pruning inside transformers models, held to the oracle."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from pruneops import methods
+from pruneops.adapters.transformers import UnsupportedError, patch, runs
+from tests.adapters import oracle
+from tests.adapters.oracle import Thin
+from tests.adapters.tiny import FAMILIES, IMAGE, model_of, prompts
+
+transformers.logging.set_verbosity_error()
+STEPS = 5
+METHODS = {
+    "projector": Thin(projector=True),
+    "layer": Thin(at=(2,)),
+    "layers": Thin(at=(1, 3)),
+    "generation": Thin(steps=(2, 3)),
+    "all three": Thin(projector=True, at=(1, 2), steps=(2,)),
+}
+TEXTS = {"one": [[3, "image", 5]], "left-padded": [[3, "image", 5], [6, "image", 9]]}
+TWO_IMAGES = [[2, "image", 3, "image", 4]]
+REAL = (
+    methods.ToDRE(keep=0.5, tau=2.0),
+    methods.ToDRE(keep=0.5, pivot="norm", depths=()),
+    methods.DART(keep=0.5, layer=2),
+    methods.DART(keep=0.5, layer=2, compat="official"),
+    methods.FastV(keep=0.5, layer=2),
+    methods.VTW(),
+    methods.DivPrune(keep=0.5),
+    methods.Random(keep=0.5),
+    methods.Uniform(keep=0.5),
+)
+
+
+def spans_of(inputs):
+    return [runs((row == IMAGE).tolist()) for row in inputs["input_ids"]]
+
+
+def generate(model, inputs, steps=STEPS, **options):
+    with torch.no_grad():
+        return model.generate(
+            **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+
+
+def assert_oracle(model, inputs, method, out, steps=STEPS, before=0):
+    """Logits of every step, to 1e-5 of their size; the unpruned model's are others."""
+    generated = out.sequences[:, inputs["input_ids"].shape[1] :]
+    spans = spans_of(inputs)
+    truth = oracle.logits(model, inputs, spans, method, generated)[before:]
+    scale = truth.abs().max().clamp(min=1)
+    torch.testing.assert_close(torch.stack(out.logits) / scale, truth / scale, rtol=0, atol=1e-5)
+    unpruned = oracle.logits(model, inputs, spans, Thin(), generated)[before:]
+    assert (unpruned - truth).abs().max() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("texts", TEXTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oracle(family, attention, method, texts):
+    model, image = model_of(family, attention)
+    inputs, method = prompts(image, TEXTS[texts]), METHODS[method]
+    with patch(model, method):
+        out = generate(model, inputs)
+    assert_oracle(model, inputs, method, out)
+
+
+@pytest.mark.parametrize("texts", [TWO_IMAGES, [*TWO_IMAGES, [1, "image", 2]]], ids=len)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_several_images(family, texts):
+    """Each has a budget of its own; rows may have different numbers of them."""
+    model, image = model_of(family)
+    inputs, method = prompts(image, texts), METHODS["all three"]
+    with patch(model, method):
+        out = generate(model, inputs)
+    assert_oracle(model, inputs, method, out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_second_generate_on_the_same_cache(family, method):
+    model, image = model_of(family)
+    inputs, method = prompts(image, TEXTS["one"]), METHODS[method]
+    with patch(model, method):
+        first = generate(model, inputs)
+        ids = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = generate(model, again, past_key_values=first.past_key_values)
+    assert_oracle(model, inputs, method, second, before=STEPS + 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_beams(family, method):
+    """The score of the best beam is what the oracle gives its tokens."""
+    model, image = model_of(family)
+    inputs, method = prompts(image, TEXTS["left-padded"]), METHODS[method]
+    with patch(model, method):
+        out = generate(model, inputs, num_beams=3, output_scores=True)
+    generated = out.sequences[:, inputs["input_ids"].shape[1] :]
+    truth = oracle.logits(model, inputs, spans_of(inputs), method, generated).log_softmax(-1)
+    scores = truth.gather(2, generated.T[..., None]).sum((0, 2)) / generated.shape[1]
+    torch.testing.assert_close(out.sequences_scores, scores, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["projector", "layer", "generation"])
+def test_generated_image_tokens_are_text(method):
+    """An image-token id that the model itself says is nobody's image."""
+    model, image = model_of("llava")
+    inputs, method = prompts(image, TEXTS["one"]), METHODS[method]
+
+    def say(batch, ids):
+        return [IMAGE] if ids.shape[-1] < inputs["input_ids"].shape[1] + 2 else list(range(128))
+
+    with patch(model, method):
+        out = generate(model, inputs, prefix_allowed_tokens_fn=say)
+    assert (out.sequences[:, inputs["input_ids"].shape[1] :][:, :2] == IMAGE).all()
+    assert_oracle(model, inputs, method, out)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_everything_changes_no_bit(family, attention):
+    model, image = model_of(family, attention)
+    inputs = prompts(image, TEXTS["left-padded"])
+    plain = generate(model, inputs)
+    with patch(model, dataclasses.replace(METHODS["all three"], keep=1)):
+        kept = generate(model, inputs)
+    assert all(torch.equal(one, other) for one, other in zip(plain.logits, kept.logits))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_alone_changes_no_bit(family):
+    model, image = model_of(family)
+    inputs = prompts(image, [[4], [7]])
+    plain = generate(model, inputs)
+    with patch(model, METHODS["all three"]) as handle:
+        kept = generate(model, inputs)
+    assert all(torch.equal(one, other) for one, other in zip(plain.logits, kept.logits)) and not handle.stats
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
+def test_remove_restores_the_model(family):
+    model, image = model_of(family)
+    inputs = prompts(image, TEXTS["left-padded"])
+
+    def hooks():
+        return [len(own) for m in model.modules() for own in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def names():
+        return [set(vars(m)) for m in model.modules()]
+
+    plain = generate(model, inputs)  # transformers leaves hooks of its own
+    before, attributes = hooks(), names()
+    configs = [layer.self_attn.config for layer in model.get_decoder().layers]
+    handle = patch(model, METHODS["all three"])
+    pruned = generate(model, inputs)
+    handle.remove()
+    handle.remove()  # once more does no harm
+    assert hooks() == before and names() == attributes
+    assert all(layer.self_attn.config is own for layer, own in zip(model.get_decoder().layers, configs))
+    again = generate(model, inputs)
+    assert all(torch.equal(one, other) for one, other in zip(plain.logits, again.logits))
+    assert not torch.equal(plain.logits[0], pruned.logits[0])
+
+
+def test_disabled_and_override():
+    model, image = model_of("llava")
+    inputs = prompts(image, TEXTS["one"])
+    plain = generate(model, inputs)
+    with patch(model, METHODS["layer"]) as handle:
+        with handle.disabled():
+            assert torch.equal(generate(model, inputs).logits[-1], plain.logits[-1])
+        with handle.override(keep=1):
+            assert torch.equal(generate(model, inputs).logits[-1], plain.logits[-1])
+        assert not torch.equal(generate(model, inputs).logits[-1], plain.logits[-1])
+        assert handle.method == METHODS["layer"]
+
+
+def test_stats():
+    model, image = model_of("llava")
+    with patch(model, METHODS["all three"]) as handle:
+        generate(model, prompts(image, TEXTS["left-padded"]))
+    (stats,) = handle.stats
+    assert stats.visual == 32 and stats.kept[0] == 2 * 4 and stats.kept[3] == 2 * 1
+    record = json.loads(json.dumps(stats.to_dict()))
+    assert record["seconds"] > 0 and record["kept"] == stats.kept
+    assert 0 < record["kv_bytes"][3] < record["kv_bytes"][0] < record["kv_bytes_unpruned"]
+    assert "layer" in str(stats) and "visual tokens" in str(stats)
+
+
+@pytest.mark.parametrize("method", REAL, ids=lambda method: f"{method.name}-{len(method.to_json())}")
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3"])
+def test_methods(family, method):
+    """Every method in a model: what it keeps of an image is its budget."""
+    model, image = model_of(family)
+    with patch(model, method) as handle:
+        generate(model, prompts(image, TEXTS["left-padded"]))
+    (stats,) = handle.stats
+    assert stats.visual == 2 * image["tokens"]
+    last = 0 if method.name in ("vtw",) or getattr(method, "depths", ()) else 2 * method.budget(image["tokens"])
+    assert stats.kept[-1] == last
+
+
+def test_cls_attention():
+    """What the tower's hooks find is what its attention matrix says; without [CLS], FasterVLM says what it lacks."""
+    model, image = model_of("llava", "eager")
+    inputs, seen = prompts(image, TEXTS["left-padded"]), []
+
+    class Spy(methods.FasterVLM):
+        def select_each(self, images):
+            seen.extend(own.cls_attention for own in images)
+            return super().select_each(images)
+
+    with patch(model, Spy(keep=3)) as handle:
+        generate(model, inputs)
+    assert handle.stats[0].kept == [6] * 4
+    with torch.no_grad():
+        tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True)
+    truth = tower.attentions[-1].mean(1)[:, 0, 1:]
+    torch.testing.assert_close(torch.stack(seen), truth, rtol=1e-4, atol=1e-6)
+    model, image = model_of("internvl")
+    with patch(model, methods.FasterVLM(keep=3)), pytest.raises(ValueError, match="cls_attention"):
+        generate(model, prompts(image, TEXTS["one"]))
+
+
+def test_thumbnail():
+    """AnyRes: the [CLS] attention of the first tile, and where its tokens are."""
+    model, image = model_of("llava_next")
+    seen = []
+
+    class Spy(methods.ToDRE):
+        def select_each(self, images):
+            seen.extend(images)
+            return super().select_each(images)
+
+    with patch(model, Spy(keep=0.5, depths=())):
+        generate(model, prompts(image, TWO_IMAGES))
+    assert [own.thumbnail for own in seen] == [(0, 16)] * 2
+    assert all(own.cls_attention[:16].min() > 0 and not own.cls_attention[16:].any() for own in seen)
+
+
+def test_queries_and_keys():
+    """FastV sees the attention that the layer before computed."""
+    model, image = model_of("qwen2_5_vl", "eager")
+    inputs, seen = prompts(image, TEXTS["one"]), []
+
+    class Spy(Thin):
+        def at_layer(self, layer, row, count):
+            query, key = row.query, row.key.repeat_interleave(2, 0)
+            seen.append((query[:, -1:] @ key.mT * query.shape[-1] ** -0.5).softmax(-1)[:, 0])
+            return super().at_layer(layer, row, count)
+
+    with patch(model, Spy(at=(2,))):
+        generate(model, inputs)
+    with torch.no_grad():
+        truth = model(**inputs, output_attentions=True).attentions[1][0, :, -1]
+    torch.testing.assert_close(seen[0], truth, rtol=1e-4, atol=1e-6)
+
+
+def test_own_forward_loop():
+    """Without generate: positions follow from the cache."""
+    model, image = model_of("llava")
+    inputs, method = prompts(image, TEXTS["one"]), METHODS["all three"]
+    with torch.no_grad(), patch(model, method):
+        out = model(**inputs)
+        logits, tokens, cache = [out.logits[:, -1]], [], out.past_key_values
+        for _ in range(STEPS - 1):
+            tokens.append(logits[-1].argmax(-1, keepdim=True))
+            out = model(input_ids=tokens[-1], past_key_values=cache)
+            logits.append(out.logits[:, -1])
+    tokens.append(logits[-1].argmax(-1, keepdim=True))
+    truth = oracle.logits(model, inputs, spans_of(inputs), method, torch.cat(tokens, 1))
+    torch.testing.assert_close(torch.stack(logits), truth, rtol=0, atol=1e-5 * float(truth.abs().max().clamp(min=1)))
+
+
+# Refusals
+
+
+def test_unknown_architecture():
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
+    with pytest.raises(UnsupportedError, match="llama is not supported; supported are llava, "):
+        patch(transformers.LlamaForCausalLM(config), Thin())
+
+
+def test_patching_twice():
+    model, _ = model_of("llava")
+    with patch(model, Thin()), pytest.raises(UnsupportedError, match="patched already; call remove"):
+        patch(model, Thin())
+    patch(model, Thin()).remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_cache": False}, "use_cache=False cannot be pruned"),
+        ({"cache_implementation": "static"}, "StaticCache cannot be pruned"),
+        ({"cache_implementation": "offloaded"}, "cannot be pruned"),
+        ({"prefill_chunk_size": 4}, "chunked prefill"),
+    ],
+)
+def test_refused_generation(options, words):
+    model, image = model_of("llava")
+    with patch(model, METHODS["layer"]), pytest.raises(UnsupportedError, match=words):
+        generate(model, prompts(image, TEXTS["one"]), **options)
