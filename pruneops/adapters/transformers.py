@@ -9,7 +9,6 @@ module is watched in prefill. While nothing has been removed the model computes 
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import itertools
 import time
@@ -20,8 +19,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..methods import Image, Row, cls_attention
+from ..methods import Image, Row
 from ..ops import gather_tokens, kv_compact_
+from .tower import Tower
 
 FAMILIES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm",
@@ -116,12 +116,22 @@ def patch(model, method):
         On an unknown architecture, or a model that is patched already. In forward passes: on caches that cannot be
         pruned (static, offloaded, quantised, sliding) and on `use_cache=False`.
     """
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        raise UnsupportedError(f"pruneops.patch: {kind} is not supported; supported are {', '.join(FAMILIES)}")
+    expect_family("pruneops.patch", model)
     if getattr(model, "_pruneops", None) is not None:
         raise UnsupportedError("pruneops.patch: this model is patched already; call remove() of its handle first")
     return Handle(model, method)
+
+
+def expect_family(who, model):
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise UnsupportedError(f"{who}: {kind} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def is_visual(model, ids):
+    """bool, of the shape of ids: which tokens stand for images or videos."""
+    tokens = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    return torch.isin(ids, torch.tensor([token for token in tokens if token is not None], device=ids.device))
 
 
 class Handle:
@@ -133,7 +143,6 @@ class Handle:
         self._enabled, self._pass, self._ids = True, None, None
         self.tower = Tower(model)
         hooks = [
-            *self.tower.hooks,
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder, always_call=True),
@@ -192,7 +201,7 @@ class Handle:
         """Whether a pass has visual tokens of its own; an image-token id that was generated brings no image."""
         names = "pixel_values", "pixel_values_videos", "mm_encoder_outputs"
         given = any(kwargs.get(name) is not None for name in names)
-        return given and self._ids is not None and self._ids.shape[1] > 1 and self._is_visual().any()
+        return given and self._ids is not None and self._ids.shape[1] > 1 and is_visual(self.model, self._ids).any()
 
     def _before_decoder(self, module, args, kwargs):
         self._pass = None
@@ -231,13 +240,8 @@ class Handle:
         """bool [B, S], or None if no token is an image's."""
         if self._ids is None or self._ids.shape != embeds.shape[:2]:
             return None
-        visual = self._is_visual()
+        visual = is_visual(self.model, self._ids)
         return visual if visual.any() else None
-
-    def _is_visual(self):
-        config = self.model.config
-        tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        return torch.isin(self._ids, torch.tensor([t for t in tokens if t is not None], device=self._ids.device))
 
     def _own_cache(self, decoder, cache, kwargs):
         use_cache = kwargs.get("use_cache")
@@ -251,88 +255,6 @@ class Handle:
             raise UnsupportedError(f"pruneops: a {what} cannot be pruned; generate with the default DynamicCache")
         cache.layers = [PrunedLayer() for _ in decoder.layers]
         return cache
-
-
-class Tower:
-    """What methods may know of images beside their features: attention from [CLS], where a CLIP tower has one.
-
-    The queries and keys of the tower's last layer are remembered from its last run.
-    """
-
-    def __init__(self, model):
-        self.model, self.image_sizes, self.seen, self.hooks = model, None, {}, []
-        config = getattr(model.config, "vision_config", None)
-        self.has_cls = getattr(config, "model_type", None) == "clip_vision_model"
-        if self.has_cls:
-            attention = [m for name, m in model.named_modules() if "vision_tower" in name and hasattr(m, "q_proj")][-1]
-            self.heads = config.num_attention_heads
-            for name in ("q_proj", "k_proj"):
-                self.hooks.append(getattr(attention, name).register_forward_hook(self._remember(name)))
-        self.base = getattr(model, "model", None) if model.config.model_type == "llava_next" else None
-        if self.base is not None:  # whose tiles are whose: only this method of the model is told
-            encode = self.base.get_image_features
-
-            @functools.wraps(encode)
-            def get_image_features(*args, **kwargs):
-                sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_sizes")
-                self.image_sizes = sizes
-                return encode(*args, **kwargs)
-
-            self.base.get_image_features = get_image_features
-
-    def forget(self):
-        self.seen.clear()
-        if self.base is not None:
-            vars(self.base).pop("get_image_features", None)
-            self.base = None
-
-    def _remember(self, name):
-        def hook(module, args, output):
-            self.seen[name] = output.detach()
-
-        return hook
-
-    def images(self, sizes):
-        """For every row and image a dictionary of `Image`'s optional fields; sizes: tokens of each."""
-        if not self.has_cls or len(self.seen) < 2:
-            return [[{} for _ in row] for row in sizes]
-        query, key = (
-            self.seen.pop(name).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj")
-        )
-        attention = cls_attention(query, key)  # [tiles, n]
-        tiles, total = self._tiles(), sum(map(len, sizes))
-        if tiles is None:
-            tiles = [1] * len(attention)
-        copies = total // len(tiles) if len(tiles) and total % len(tiles) == 0 else 0  # beams of one prompt
-        if not copies or sum(tiles) != len(attention):
-            return [[{} for _ in row] for row in sizes]
-        starts = [end - count for end, count in zip(itertools.accumulate(tiles), tiles)]
-        fields, image = [], 0
-        for b, row in enumerate(sizes):
-            if b % copies == 0:
-                own = [self._image(attention[starts[image + j]], size) for j, size in enumerate(row)]
-                image += len(row)
-            fields.append(own)
-        return fields
-
-    def _image(self, attention, size):
-        """AnyRes: the first tile is the thumbnail, whose tokens come first; the others' attention is not used."""
-        n = len(attention)
-        if size == n + 1 and self.model.config.vision_feature_select_strategy == "full":
-            return {"cls_attention": torch.nn.functional.pad(attention, (1, 0))}
-        if size == n:
-            return {"cls_attention": attention}
-        return {"cls_attention": torch.nn.functional.pad(attention, (0, size - n)), "thumbnail": (0, n)}
-
-    def _tiles(self):
-        """Tiles of every image, None where each image is one."""
-        if self.model.config.model_type != "llava_next" or self.image_sizes is None:
-            return None
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-        config = self.model.config
-        side = config.vision_config.image_size
-        return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in self.image_sizes]
 
 
 class Request:

@@ -1,0 +1,71 @@
+"""Pruning after the projector as a pure function, held to the oracle."""
+
+import pytest
+import torch
+import transformers
+
+from pruneops import methods
+from pruneops.adapters.prepare import prepare
+from pruneops.adapters.transformers import UnsupportedError, patch
+from tests.adapters.oracle import Thin
+from tests.adapters.test_transformers import STEPS, TEXTS, TWO_IMAGES, assert_oracle, generate
+from tests.adapters.tiny import FAMILIES, model_of, prompts
+
+transformers.logging.set_verbosity_error()
+METHOD = Thin(projector=True)
+
+
+def assert_prepared(model, inputs, method=METHOD, **options):
+    before = {name: value.clone() for name, value in inputs.items()}
+    out = generate(model, prepare(model, inputs, method), **options)
+    assert all(torch.equal(before[name], value) for name, value in inputs.items())
+    out.sequences = torch.cat([inputs["input_ids"], out.sequences[:, -STEPS:]], 1)
+    assert_oracle(model, inputs, method, out)
+
+
+@pytest.mark.parametrize("texts", TEXTS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_oracle(family, attention, texts):
+    model, image = model_of(family, attention)
+    assert_prepared(model, prompts(image, TEXTS[texts]))
+
+
+@pytest.mark.parametrize("texts", [TWO_IMAGES, [*TWO_IMAGES, [1, "image", 2]]], ids=len)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_several_images(family, texts):
+    model, image = model_of(family)
+    assert_prepared(model, prompts(image, texts))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 2}],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_what_patch_must_refuse(family, options):
+    model, image = model_of(family)
+    assert_prepared(model, prompts(image, TEXTS["one"]), **options)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_as_patch(family):
+    """The same tokens chosen, by beams too."""
+    model, image = model_of(family)
+    inputs, method = prompts(image, TEXTS["left-padded"]), methods.ToDRE(keep=0.5, depths=())
+    prepared = generate(model, prepare(model, inputs, method), num_beams=2)
+    with patch(model, method):
+        patched = generate(model, inputs, num_beams=2)
+    assert torch.equal(prepared.sequences[:, -STEPS:], patched.sequences[:, -STEPS:])
+
+
+def test_refusals():
+    model, image = model_of("llava")
+    inputs = prompts(image, TEXTS["one"])
+    with pytest.raises(UnsupportedError, match="does not prune after the projector"):
+        prepare(model, inputs, methods.FastV(keep=0.5))
+    with pytest.raises(ValueError, match="15 image tokens in the prompts for 16 image features"):
+        prepare(model, inputs | {"input_ids": inputs["input_ids"].index_fill(1, torch.tensor([3]), 5)}, METHOD)
+    text = prompts(image, [[4]])
+    assert prepare(model, text, METHOD).keys() == text.keys()
