@@ -151,7 +151,10 @@ class NativeBuild(build_ext):
 
 setup(
     version=VERSION,
-    packages=["pruneops", "pruneops.reference", "pruneops.ops", "pruneops.demo", "pruneops.triton_kernels"],
+    packages=[
+        "pruneops",
+        *(f"pruneops.{name}" for name in ("reference", "ops", "methods", "adapters", "demo", "triton_kernels")),
+    ],
     package_dir={"pruneops": "pruneops", "pruneops.triton_kernels": "triton_kernels"},
     package_data={"pruneops": ["_build.json"]},
     ext_modules=[Extension("pruneops._C", sources=[]), Extension("pruneops._cuda", sources=[])],

@@ -1,5 +1,6 @@
 """pruneops: fused operators for visual-token pruning in vision-language models."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from . import ops
@@ -11,4 +12,21 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
+_ADAPTERS = {"patch": "transformers", "prepare": "prepare", "UnsupportedError": "transformers"}
 __all__ = ["BackendUnavailable", "backend", *ops.__all__]
+
+
+def __getattr__(name):
+    """What needs transformers is imported when it is asked for; so are the methods."""
+    if name == "methods":
+        return import_module(".methods", __name__)
+    if name not in _ADAPTERS:
+        raise AttributeError(f"module 'pruneops' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".adapters.{_ADAPTERS[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(
+            f"pruneops.{name} needs transformers 5.0 or later: pip install 'pruneops[transformers]'"
+        ) from None

@@ -10,6 +10,7 @@ from pruneops.adapters.transformers import UnsupportedError, patch
 from tests.adapters.oracle import Thin
 from tests.adapters.test_transformers import STEPS, TEXTS, TWO_IMAGES, assert_oracle, generate
 from tests.adapters.tiny import FAMILIES, model_of, prompts
+from tests.contract import run_python
 
 transformers.logging.set_verbosity_error()
 METHOD = Thin(projector=True)
@@ -69,3 +70,18 @@ def test_refusals():
         prepare(model, inputs | {"input_ids": inputs["input_ids"].index_fill(1, torch.tensor([3]), 5)}, METHOD)
     text = prompts(image, [[4]])
     assert prepare(model, text, METHOD).keys() == text.keys()
+
+
+def test_without_transformers():
+    """Everything else works; what needs it says so."""
+    code = """
+import sys
+sys.modules["transformers"] = None
+import pruneops, pruneops.methods
+from pruneops import *
+try:
+    pruneops.patch
+except ImportError as error:
+    print(error)
+"""
+    assert run_python(code) == "pruneops.patch needs transformers 5.0 or later: pip install 'pruneops[transformers]'\n"
