@@ -1,10 +1,10 @@
 # make demo   set up and run the main job          make test   set up, lint, all tests
-# make install / lint / bench / gpu / test-oldest / test-newest / clean; PYTHON=python3.12 chooses the interpreter
+# make install / lint / bench / gpu / clean; PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test install lint bench gpu test-oldest test-newest clean
+.PHONY: demo test install lint bench gpu clean test-triton-oldest test-triton-newest test-transformers-oldest
 
 demo: install
 	$(BIN)/pruneops demo
@@ -30,15 +30,19 @@ lint: install
 
 test: lint
 	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
-	$(MAKE) test-oldest test-newest
+	$(MAKE) test-triton-oldest test-triton-newest test-transformers-oldest
 
-# answers of the operators on the oldest supported and on the newest Triton, and that kernels compile for two cards
-test-oldest test-newest: test-%: .triton/%/.packages
-	PYTHONPATH=.triton/$* PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto \
-		-k "triton and (known or exact or hard or many or edges or special or launchers or fit and (90 or 120))" \
-		tests/ops tests/test_triton_compile.py
+# answers of the operators on the oldest supported and on the newest Triton, and that kernels compile for two cards;
+# adapters on the oldest supported transformers
+TRITON_TESTS = tests/ops tests/test_triton_compile.py \
+	-k "triton and (known or exact or hard or many or edges or special or launchers or fit and (90 or 120))"
+test-triton-oldest test-triton-newest: test-%: .overlays/%/.packages
+	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto $(TRITON_TESTS)
 
-.triton/%/.packages: requirements/%.txt .venv/.built
+test-transformers-oldest: test-%: .overlays/%/.packages
+	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu $(BIN)/python -m pytest -q -n auto tests/adapters
+
+.overlays/%/.packages: requirements/%.txt .venv/.built
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(@D) -r $<
 	touch $@
@@ -52,4 +56,4 @@ gpu:
 	$(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python) -m benchmarks.gpu
 
 clean:
-	rm -rf .venv .triton build dist *.egg-info pruneops/*.so pruneops/_build.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .overlays build dist *.egg-info pruneops/*.so pruneops/_build.json .pytest_cache .ruff_cache .hypothesis

@@ -445,7 +445,7 @@ class Prefill:
 
         def watched(module, query, *args, **kwargs):
             queries[i], module.config = query, config
-            return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, *args, **kwargs)
+            return ALL_ATTENTION_FUNCTIONS.get(name, eager)(module, query, *args, **kwargs)
 
         AttentionInterface.register(WATCHED, watched)
         attention.config = _Renamed(config, WATCHED)

@@ -1,5 +1,7 @@
 """Pruning after the projector as a pure function, held to the oracle."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -14,6 +16,8 @@ from tests.contract import run_python
 
 transformers.logging.set_verbosity_error()
 METHOD = Thin(projector=True)
+SUPPORTED = "mm_encoder_outputs" in inspect.signature(transformers.LlavaModel.forward).parameters
+since_5_18 = pytest.mark.skipif(not SUPPORTED, reason="needs transformers 5.18")
 
 
 def assert_prepared(model, inputs, method=METHOD, **options):
@@ -24,6 +28,7 @@ def assert_prepared(model, inputs, method=METHOD, **options):
     assert_oracle(model, inputs, method, out)
 
 
+@since_5_18
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,6 +37,7 @@ def test_oracle(family, attention, texts):
     assert_prepared(model, prompts(image, TEXTS[texts]))
 
 
+@since_5_18
 @pytest.mark.parametrize("texts", [TWO_IMAGES, [*TWO_IMAGES, [1, "image", 2]]], ids=len)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_several_images(family, texts):
@@ -39,6 +45,7 @@ def test_several_images(family, texts):
     assert_prepared(model, prompts(image, texts))
 
 
+@since_5_18
 @pytest.mark.parametrize(
     "options",
     [{"cache_implementation": "static"}, {"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 2}],
@@ -50,6 +57,7 @@ def test_what_patch_must_refuse(family, options):
     assert_prepared(model, prompts(image, TEXTS["one"]), **options)
 
 
+@since_5_18
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_as_patch(family):
     """The same tokens chosen, by beams too."""
@@ -61,6 +69,7 @@ def test_as_patch(family):
     assert torch.equal(prepared.sequences[:, -STEPS:], patched.sequences[:, -STEPS:])
 
 
+@since_5_18
 def test_refusals():
     model, image = model_of("llava")
     inputs = prompts(image, TEXTS["one"])
@@ -70,6 +79,13 @@ def test_refusals():
         prepare(model, inputs | {"input_ids": inputs["input_ids"].index_fill(1, torch.tensor([3]), 5)}, METHOD)
     text = prompts(image, [[4]])
     assert prepare(model, text, METHOD).keys() == text.keys()
+
+
+@pytest.mark.skipif(SUPPORTED, reason="this transformers has what prepare needs")
+def test_older_transformers():
+    model, image = model_of("llava")
+    with pytest.raises(UnsupportedError, match=r"needs transformers 5\.18 or later; use pruneops\.patch"):
+        prepare(model, prompts(image, TEXTS["one"]), METHOD)
 
 
 def test_without_transformers():

@@ -281,6 +281,13 @@ def test_own_forward_loop():
     torch.testing.assert_close(torch.stack(logits), truth, rtol=0, atol=1e-5 * float(truth.abs().max().clamp(min=1)))
 
 
+def test_chunked_prefill_is_refused():
+    """By transformers itself before 5.5."""
+    model, image = model_of("llava")
+    with patch(model, METHODS["layer"]), pytest.raises((UnsupportedError, ValueError), match="chunk"):
+        generate(model, prompts(image, TEXTS["one"]), prefill_chunk_size=4)
+
+
 # Refusals
 
 
@@ -305,7 +312,6 @@ def test_patching_twice():
         ({"use_cache": False}, "use_cache=False cannot be pruned"),
         ({"cache_implementation": "static"}, "StaticCache cannot be pruned"),
         ({"cache_implementation": "offloaded"}, "cannot be pruned"),
-        ({"prefill_chunk_size": 4}, "chunked prefill"),
     ],
 )
 def test_refused_generation(options, words):

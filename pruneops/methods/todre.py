@@ -1,0 +1,231 @@
+"""ToDRE: a diverse set of visual tokens after the projector, none of them once text stops looking at them.
+
+Stage 1 is greedy k-center from one pivot: k steps over n tokens (`pruneops.kcenter`). Stage 2 sums the attention
+between text and vision in a few layers (`pruneops.attention_mass`) and never forms the attention matrix.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops import attention_mass, cross_modal_ratio, kcenter, kcenter_varlen
+from ..ops._library import expect
+from ._base import Budgeted, Image, check_features, check_image, every_token, greatest, is_share, part_of
+
+PIVOTS = ("auto", "attention", "norm")
+SYSTEM, VISION, TEXT = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToDRE(Budgeted):
+    """Both stages of ToDRE.
+
+    Parameters
+    ----------
+    keep : float or int
+        Stage 1, of every image; 1.0 leaves it out. The paper: 0.25 and 0.1.
+    pivot : {"auto", "attention", "norm"}
+        The first token: greatest `cls_attention`, as in the paper, or greatest L2 norm of the features, a stand-in for
+        towers without [CLS]. "auto" takes the attention where an image has it. The other stand-in, the mean attention
+        received, goes into `Image.cls_attention`.
+    depths : sequence of float
+        Stage 2: parts of the decoder, each in (0, 1), after which the ratios are looked at; () leaves it out. Depth d
+        of L layers is layer floor(d L), whose input the tokens leave; layer 0 has no attention before it and drops out.
+    tau : float
+        All visual tokens go when both ratios are below it; at least 0.
+
+    Notes
+    -----
+    Source: arXiv:2505.18757, section 4, Algorithm 1, Eqs. 4 to 7: the text with greedy k-center, not a later one with
+    max-sum diversification. A token is never chosen twice. A prompt without text after its images keeps them: the
+    ratio is undefined there. The decision of stage 2 costs one host synchronisation a layer, since shapes depend on it.
+    """
+
+    name: ClassVar[str] = "todre"
+
+    pivot: str = "auto"
+    depths: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875)
+    tau: float = 0.03
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._expect("pivot", self.pivot in PIVOTS, f"one of {PIVOTS}")
+        fits = isinstance(self.depths, (tuple, list)) and all(map(is_share, self.depths))
+        self._expect("depths", fits, "a sequence of floats in (0, 1)")
+        object.__setattr__(self, "depths", tuple(self.depths))
+        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
+        self._expect("tau", number and 0 <= self.tau < torch.inf, "a finite number of at least 0")
+
+    @property
+    def after_projector(self):
+        return self.keep != 1.0 or isinstance(self.keep, int)
+
+    @property
+    def needs(self):
+        return frozenset({"query", "key"} if self.depths else ())
+
+    def select_each(self, images):
+        """As `Method.select_each`; the images that lose tokens go through one call of `kcenter_varlen`."""
+        for image in images:
+            check_image(self._who, image)
+            expect(image.features.dim() == 2, self._who, "image.features", "a batch", "of shape [n, D]")
+        kept = [every_token(image.features) for image in images]
+        ks = [self.budget(len(own)) for own in kept]
+        pruned = [i for i, own in enumerate(kept) if ks[i] < len(own)]
+        if pruned:
+            starts = list(itertools.accumulate((len(kept[i]) for i in pruned), initial=0))
+            features, quotas = torch.cat([images[i].features for i in pruned]), [ks[i] for i in pruned]
+            pivots = torch.stack([self._pivot(images[i]) + start for i, start in zip(pruned, starts)])
+            chosen = todre_select_varlen(features, torch.tensor(starts, device=features.device), quotas, pivots=pivots)
+            for i, own, start in zip(pruned, chosen.split(quotas), starts):
+                kept[i] = own - start
+        return kept
+
+    def _pivot(self, image):
+        given = image.cls_attention is not None
+        missing = self.pivot == "attention" and not given
+        expect(not missing, self._who, "image.cls_attention", None, 'given, or pivot "norm" or "auto"')
+        attention = image.cls_attention if given and self.pivot != "norm" else None
+        return todre_pivot(image.features, attention, thumbnail=image.thumbnail, frames=image.frames)
+
+    def _select(self, image, k):
+        return todre_select(image.features, k, pivot=self._pivot(image))
+
+    def _layers(self, count):
+        layers = {int(part_of(depth, count)) for depth in self.depths}
+        return tuple(sorted(layers - {0}))
+
+    def _at_layer(self, row):
+        positions = torch.arange(row.hidden.shape[0], device=row.visual.device)
+        group = torch.where(positions > row.visual[0], TEXT, SYSTEM).index_fill(0, row.visual, VISION)
+        to_vision, to_text = todre_ratios(row.query, row.key, group)
+        irrelevant = (to_vision < self.tau) & (to_text < self.tau) & (group == TEXT).any()
+        return row.visual[:0] if bool(irrelevant) else None
+
+
+def todre_pivot(features, attention=None, *, thumbnail=None, frames=None):
+    """The token that opens ToDRE's set.
+
+    Parameters
+    ----------
+    features : Tensor [.., n, D], float32, float16 or bfloat16
+    attention : Tensor [.., n], optional
+        [CLS] attention, or a stand-in. Without it: the L2 norm of the features.
+    thumbnail : (int, int), optional
+        AnyRes: only tokens start .. end - 1 are looked at.
+    frames : int, optional
+        Video: the best token of each frame, then the best of those. That is the best of all, the first of equals;
+        `frames` is only checked.
+
+    Returns
+    -------
+    Tensor [..], int64
+        Ties go to the lowest index; scores that are not finite come last.
+
+    Raises
+    ------
+    ValueError
+        On shapes that do not fit.
+
+    Notes
+    -----
+    Source: arXiv:2505.18757, section 4.1 and lines 1 to 6 of Algorithm 1.
+    """
+    check_image("methods.todre_pivot", Image(features, attention, thumbnail, frames))
+    expect(features.shape[-2] > 0, "methods.todre_pivot", "features", "empty", "of at least one token")
+    scores = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32) if attention is None else attention
+    start, end = (0, features.shape[-2]) if thumbnail is None else thumbnail
+    return greatest(scores[..., start:end]) + start
+
+
+def todre_select(features, k, *, pivot):
+    """Stage 1: the pivot, then each time the token whose greatest cosine with the set is least.
+
+    Parameters
+    ----------
+    features : Tensor [.., n, D], float32, float16 or bfloat16
+    k : int
+        1 <= k <= n
+    pivot : Tensor [..], int64
+        From `todre_pivot`.
+
+    Returns
+    -------
+    Tensor [.., k], int64
+        Ascending.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `pruneops.kcenter`.
+
+    Notes
+    -----
+    Source: arXiv:2505.18757, Eqs. 4 to 6. Eq. 4 takes chosen tokens out of the pool, Algorithm 1 forgets to.
+    """
+    check_features("methods.todre_select", features, k)
+    return kcenter(features, k, seeds=pivot.unsqueeze(-1)).indices.sort(-1).values
+
+
+def todre_select_varlen(features, cu_seqlens, ks, *, pivots):
+    """`todre_select` for images of different sizes packed into one tensor.
+
+    Parameters
+    ----------
+    features : Tensor [T, D], float32, float16 or bfloat16
+    cu_seqlens : Tensor [images + 1], int32 or int64
+        Where each image starts; last entry T.
+    ks : sequence of int
+        Budget of each image, at least 1.
+    pivots : Tensor [images], int64
+        As indices into the packed tensor.
+
+    Returns
+    -------
+    Tensor [sum(ks)], int64
+        Ascending indices into the packed tensor, so image after image.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `pruneops.kcenter_varlen`.
+    """
+    return kcenter_varlen(features, cu_seqlens, list(ks), seeds=pivots.unsqueeze(-1)).indices.sort().values
+
+
+def todre_ratios(query, key, group):
+    """Stage 2: how much text attends to vision, and vision to text, in one decoder layer.
+
+    Parameters
+    ----------
+    query : Tensor [.., H, S, Dh], float32, float16 or bfloat16
+        After rotary embedding.
+    key : Tensor [.., Hk, S, Dh]
+    group : Tensor [.., S], int64
+        0 system prompt, 1 vision, 2 text, -1 padding.
+
+    Returns
+    -------
+    tuple of Tensor [..], float32
+        (alpha text -> vision, alpha vision -> text); 0 where there is no such query.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `pruneops.attention_mass`.
+
+    Notes
+    -----
+    Attention is causal, so a vision token before all text pays it exactly none: its row is counted, not computed.
+    With the text after the image only the text's rows are.
+
+    Source: arXiv:2505.18757, Eq. 7.
+    """
+    vision = group == VISION
+    blind = vision & ((group == TEXT).cumsum(-1) == 0)
+    rows = torch.where(blind | (group == SYSTEM), -1, group)
+    mass = attention_mass(query, key, rows, group, 3).mass
+    to_vision, to_text = cross_modal_ratio(mass, text=TEXT, vision=VISION)
+    return to_vision, to_text * (1 - blind.sum(-1) / vision.sum(-1).clamp(min=1))

@@ -1,0 +1,53 @@
+"""Evenly spaced tokens: a baseline that every comparison needs."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops._library import expect
+from ._base import Budgeted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Budgeted):
+    """Evenly spaced tokens after the projector, in the order that the image's tokens have.
+
+    Parameters
+    ----------
+    keep : float or int
+        Of every image.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    @property
+    def after_projector(self):
+        return True
+
+    def _select(self, image, k):
+        *batch, n, _ = image.features.shape
+        return uniform_select(n, k, device=image.features.device).repeat(*batch, 1).view(*batch, k)
+
+
+def uniform_select(tokens, k, *, device=None):
+    """Tokens floor((2 i + 1) tokens / 2 k), i = 0 .. k - 1: the middle of each of k equal parts.
+
+    Parameters
+    ----------
+    tokens, k : int
+        0 <= k <= tokens
+    device : torch.device, optional
+
+    Returns
+    -------
+    Tensor [k], int64
+        Ascending, all different.
+
+    Raises
+    ------
+    ValueError
+        If k is out of range.
+    """
+    expect(0 <= k <= tokens, "methods.uniform_select", "k", k, f"0 to the {tokens} tokens")
+    return (2 * torch.arange(k, device=device) + 1) * tokens // max(2 * k, 1)
