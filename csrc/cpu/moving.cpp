@@ -4,7 +4,11 @@
 // place a task owns a lane, or some bytes of each of its tokens, and goes through it upwards: positions ascend, so no
 // token is overwritten before it is read. Tasks share nothing; the order of threads changes no byte.
 //
-// Cost: bytes kept, read once and written once.
+// Cost: bytes kept, read once and written once. Where tokens are few and far apart every row costs a walk through the
+// page tables besides: one thread of an EPYC (Zen 4, 4 KB pages, virtual machine) takes 12 ns for a row of 256 bytes from
+// caches that fit L3 and 39 ns from 400 MB, where a plain copy takes 6 and 14 ns. Asked for ahead of time: 46 -> 39 ns;
+// stores past the caches (non-temporal): 46 ns. Two threads: 61 % of a plain copy's rate with rows of 256 bytes, 70 to
+// 80 % with 512, all of it with runs or rows of 8 KB.
 
 #include "cpu/moving.h"
 
@@ -18,7 +22,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kTaskBytes = 1 << 18;  // about what a task moves where it can be divided
-constexpr int64_t kAhead = 4;            // tokens asked for before they are moved
+constexpr int64_t kAhead = 12;           // tokens asked for before they are moved
 constexpr int64_t kLine = 64;
 
 // Bytes begin..end of tokens first..last of one lane.
@@ -106,7 +110,7 @@ void run_task(const Plan& plan, const Task& task) {
     if (const int64_t next = r + count + kAhead - 1; next < last) {
       const char* ahead = route.from(next);
       for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 16 * kLine); byte += kLine)
-        __builtin_prefetch(ahead + byte);
+        __builtin_prefetch(ahead + byte, 0, 2);
     }
     if (from != to) move(to, from, count * bytes);
     r += count;
