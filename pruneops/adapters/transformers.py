@@ -214,7 +214,7 @@ class Handle:
             if not self._enabled or visual is None or (cache is not None and cache.get_seq_length() > 0):
                 return None
             kwargs["past_key_values"] = cache = self._own_cache(module, cache, kwargs)
-            cache._pruneops = request = Request(self.method, len(module.layers))
+            cache._pruneops = request = Request(self.method, module)
             self.stats.append(request.stats)
             self._pass = Prefill(self, request, cache, embeds, visual, kwargs)
         else:
@@ -260,9 +260,10 @@ class Handle:
 class Request:
     """What one prompt, and what is generated from it, knows about itself; it lives on its cache."""
 
-    def __init__(self, method, count):
+    def __init__(self, method, decoder):
         self.method, self.length, self.touched, self.step = method, 0, False, 0
-        self.stats = Stats([0] * count, [0] * count)
+        self.flash = "flash" in (decoder.config._attn_implementation or "")
+        self.stats = Stats([0] * len(decoder.layers), [0] * len(decoder.layers))
 
 
 @dataclasses.dataclass
@@ -309,7 +310,7 @@ class Continuation:
         layer.visual = torch.cat([layer.visual, visual], 1)
         if not self.request.touched:
             return None
-        kwargs["attention_mask"] = attention_mask(layer.valid, new, layer.size + new, self.embeds)
+        kwargs["attention_mask"] = attention_mask(layer.valid, new, layer.size + new, self.embeds, self.request.flash)
         return args, kwargs
 
     def after_layer(self, i, output):
@@ -388,7 +389,7 @@ class Prefill:
         layer.valid, layer.visual = (None if tokens.complete else tokens.valid), tokens.visual
         if not self.changed:
             return None
-        kwargs["attention_mask"] = attention_mask(layer.valid, hidden.shape[1], hidden.shape[1], hidden)
+        kwargs["attention_mask"] = attention_mask(layer.valid, *[hidden.shape[1]] * 2, hidden, self.request.flash)
         if self.rotary is not None:  # pruned inside the decoder
             kwargs["position_embeddings"], kwargs["position_ids"] = self._placed(kwargs)
         if args:
@@ -513,11 +514,13 @@ def remove_between_steps(request, cache):
         request.stats.kv_bytes[i] = 2 * layer.keys.numel() * layer.keys.element_size()
 
 
-def attention_mask(valid, new, length, like):
+def attention_mask(valid, new, length, like, flash):
     """[B, 1, new, length] to be added to logits, or None where every new token sees all before it and itself.
 
-    valid: bool [B, length] or None.
+    valid: bool [B, length] or None. flash: flash attention is causal by itself and takes the flags of padding.
     """
+    if flash:
+        return None if valid is None else valid.long()
     if valid is None and new in (1, length):
         return None if new == 1 else _causal(new, length, like)
     mask = _causal(new, length, like)
