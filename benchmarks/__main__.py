@@ -1,4 +1,4 @@
-"""`python -m benchmarks ops <operator>`: time every backend that can run against its peers.
+"""`python -m benchmarks ops <operator>`: time every backend that can run against its peers; `... end_to_end`: models.
 
 Exit status: 0 if every backend that ran is right, 1 if one is wrong or failed, 2 for a request
 that cannot be served, 130 after an interruption (finished cases are shown and written).
@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     parser = Parser(prog="python -m benchmarks", description="Benchmarks of the pruneops operators.")
-    what = parser.add_subparsers(dest="what", required=True, metavar="{ops}")
+    what = parser.add_subparsers(dest="what", required=True, metavar="{ops,end_to_end}")
+    what.add_parser("end_to_end", help="whole models, pruned against unpruned")
     ops = what.add_parser("ops", help="one operator: every backend against its peers")
     ops.add_argument("operator", help=", ".join(registry.names()))
     ops.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +109,11 @@ def run(options):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["end_to_end"]:
+        from . import end_to_end
+
+        return end_to_end.main(argv[1:])
     options = parse(argv)
     document = run(options)
     print(report.text(document))

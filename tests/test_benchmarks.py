@@ -444,3 +444,25 @@ def test_tiny_cases_on_cuda(name, capsys):
     assert command.main(["ops", name, "--cases", "tiny", "--peers", peers, "--seconds", "5"]) == 0
     table = capsys.readouterr().out
     assert "graph" in table and "WRONG" not in table and "failed" not in table
+
+
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    """Every method against the unpruned model, on a tiny one."""
+    from benchmarks import end_to_end
+    from tests.adapters.tiny import model_of, prompts
+
+    model, image = model_of("llava")
+    monkeypatch.setattr(end_to_end, "build", lambda name, device: (model, prompts(image, [[3, "image", 5]]), 16))
+    out = tmp_path / "run.json"
+    options = ["--device", "cpu", "--models", "llava-1.5", "--keep", "0.5", "--runs", "1", "--out", str(out)]
+    assert command.main(["end_to_end", *options]) == 0
+    document = json.loads(out.read_text())
+    rows = {row["row"]: row for row in document["rows"]}
+    assert document["complete"] and len(rows) == 1 + len(end_to_end.METHODS)
+    assert rows["uniform 0.5"]["kv_bytes"] < rows["dart 0.5"]["kv_bytes"] < rows["unpruned"]["kv_bytes"]
+    assert rows["divprune 0.5"]["selection_s"] > 0 == rows["unpruned"]["selection_s"]
+    printed = capsys.readouterr().out
+    assert all(f" {row} " in printed for row in rows)
+    with pytest.raises(SystemExit):
+        command.main(["end_to_end", "--methods", "nothing"])
+    assert "no 'nothing'; there is: todre" in capsys.readouterr().err

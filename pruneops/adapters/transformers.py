@@ -90,10 +90,7 @@ class Tokens(NamedTuple):
     valid: torch.Tensor
     visual: torch.Tensor
     images: list
-
-    @property
-    def complete(self):
-        return bool(self.valid.all())
+    complete: bool  # all valid
 
 
 def patch(model, method):
@@ -135,7 +132,12 @@ def is_visual(model, ids):
 
 
 class Handle:
-    """A patched model. `method` may be exchanged between requests."""
+    """A patched model. `method` may be exchanged between requests.
+
+    `clock` measures selection: the host's seconds unless it is replaced by one that awaits the device.
+    """
+
+    clock = staticmethod(time.perf_counter)
 
     def __init__(self, model, method):
         self.model, self.method, self.stats = model, method, []
@@ -263,26 +265,48 @@ class Request:
     def __init__(self, method, decoder):
         self.method, self.length, self.touched, self.step = method, 0, False, 0
         self.flash = "flash" in (decoder.config._attn_implementation or "")
-        self.stats = Stats([0] * len(decoder.layers), [0] * len(decoder.layers))
+        count = len(decoder.layers)
+        self.stats = Stats([], [[]] * count, [0] * count)
 
 
 @dataclasses.dataclass
 class Stats:
-    """Of one request: visual tokens that entered and that each layer holds, bytes of keys and values, seconds."""
+    """Of one request.
 
+    Attributes
+    ----------
+    images : list
+        Tokens that each image came with, for every row of the batch.
+    kept : list
+        The same for every layer of the decoder: what its cache holds of each image.
+    kv_bytes : list
+        Keys and values that each layer holds after the prompt, or after tokens were removed later.
+    kv_bytes_unpruned : int
+        What a layer would hold of the prompt.
+    seconds : float
+        Spent on selection; see `Handle.clock`.
+    """
+
+    images: list
     kept: list
     kv_bytes: list
-    visual: int = 0
-    kv_bytes_unpruned: int = 0  # of a layer
-    seconds: float = 0.0  # that the host spent on selection
+    kv_bytes_unpruned: int = 0
+    seconds: float = 0.0
+
+    @property
+    def totals(self):
+        """Visual tokens that each layer holds."""
+        return [sum(map(sum, rows)) for rows in self.kept]
 
     def to_dict(self):
+        """Fit for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self):
-        lines = [f"layer  visual tokens of {self.visual}  KV bytes of {self.kv_bytes_unpruned} a layer"]
-        for i, (kept, size) in enumerate(zip(self.kept, self.kv_bytes)):
-            lines.append(f"{i:5}  {kept:{len(f'visual tokens of {self.visual}')}}  {size}")
+        heads = f"visual tokens of {sum(map(sum, self.images))}", f"KV bytes of {self.kv_bytes_unpruned}"
+        lines = ["layer  " + "  ".join(heads)]
+        for i, row in enumerate(zip(self.totals, self.kv_bytes)):
+            lines.append(f"{i:5}  " + "  ".join(f"{value:{len(head)}}" for value, head in zip(row, heads)))
         return "\n".join([*lines, f"selection: {1e3 * self.seconds:.1f} ms"])
 
 
@@ -331,8 +355,9 @@ class Prefill:
         index = torch.arange(S, device=embeds.device).expand(B, S)
         self.spans = [runs(row) for row in (visual & valid).tolist()]  # of images, in the text
         self.sizes = [[end - first for first, end in row] for row in self.spans]
-        self.tokens = Tokens(index, valid, visual & valid, [side_by_side(row) for row in self.sizes])
-        request.length, request.stats.visual = S, int(self.tokens.visual.sum())
+        images = [side_by_side(row) for row in self.sizes]
+        self.tokens = Tokens(index, valid, visual & valid, images, bool(valid.all()))
+        request.length, request.stats.images = S, self.sizes
         self.positions, self.rotary, self.mask = kwargs.get("position_ids"), None, mask
         self.deepstack = self.kwargs.pop("deepstack_visual_embeds", None), self.kwargs.pop("visual_pos_masks", None)
         self.watch = {layer - 1 for layer in self.method.layers(len(cache.layers)) if "query" in self.method.needs}
@@ -341,7 +366,7 @@ class Prefill:
             self._after_projector(embeds)
 
     def _after_projector(self, embeds):
-        start = time.perf_counter()
+        start = self.handle.clock()
         rows = []
         towers = self.handle.tower.images(self.sizes)
         for b, (spans, seen) in enumerate(zip(self.spans, towers)):
@@ -355,7 +380,7 @@ class Prefill:
             self.kwargs["inputs_embeds"], self.kwargs["position_ids"] = gather([embeds, positions], kept, [1, -1])
             # the layers get masks of their own
             self.kwargs["attention_mask"] = None
-        self.request.stats.seconds += time.perf_counter() - start
+        self.request.stats.seconds += self.handle.clock() - start
 
     def _keep(self, rows):
         """Drop visual tokens but those of `rows`: for every row and image, ranks within it. [B, S'] or None: all."""
@@ -374,7 +399,8 @@ class Prefill:
         valid = torch.stack([torch.arange(longest, device=index.device) >= longest - len(own) for own in kept])
         take = lambda flags: flags.gather(1, index)  # noqa: E731
         visual = take(tokens.visual) & valid
-        self.tokens = Tokens(take(tokens.index), valid, visual, [side_by_side(row) for row in counts])
+        complete = all(len(own) == longest for own in kept)
+        self.tokens = Tokens(take(tokens.index), valid, visual, [side_by_side(row) for row in counts], complete)
         self.changed = self.request.touched = True
         return index
 
@@ -405,13 +431,13 @@ class Prefill:
         return (cos, sin), positions[0] if positions else None
 
     def _before_method_layer(self, i, hidden):
-        start = time.perf_counter()
+        start = self.handle.clock()
         rows = [self._chosen(i, b, hidden) for b in range(len(hidden))]
         kept = self._keep(rows)
         if kept is not None:
             (hidden,) = gather([hidden], kept, [1])
             self.rotary = kept if self.rotary is None else self.rotary.gather(1, kept)
-        self.request.stats.seconds += time.perf_counter() - start
+        self.request.stats.seconds += self.handle.clock() - start
         return hidden
 
     def _chosen(self, i, b, hidden):
@@ -466,7 +492,7 @@ class Prefill:
 
     def _count(self, i):
         stats, keys = self.request.stats, self.cache.layers[i].keys
-        stats.kept[i] = int(self.tokens.visual.sum())
+        stats.kept[i] = [[end - first for first, end in row] for row in self.tokens.images]
         stats.kv_bytes[i] = 2 * keys.numel() * keys.element_size()
         stats.kv_bytes_unpruned = stats.kv_bytes[i] // keys.shape[2] * self.request.length
 
@@ -510,7 +536,10 @@ def remove_between_steps(request, cache):
         layer.valid = None if bool(inside.all()) else inside
         layer.removed = request.length - longest
         request.touched = True
-        request.stats.kept[i] = int(layer.visual.sum())
+        request.stats.kept[i] = [
+            row if own is None else [int(((own >= first) & (own < end)).sum()) for first, end in side_by_side(row)]
+            for row, own in zip(request.stats.kept[i], ranks)
+        ]
         request.stats.kv_bytes[i] = 2 * layer.keys.numel() * layer.keys.element_size()
 
 

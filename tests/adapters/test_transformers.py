@@ -189,7 +189,8 @@ def test_stats():
     with patch(model, METHODS["all three"]) as handle:
         generate(model, prompts(image, TEXTS["left-padded"]))
     (stats,) = handle.stats
-    assert stats.visual == 32 and stats.kept[0] == 2 * 4 and stats.kept[3] == 2 * 1
+    assert stats.images == [[16], [16]] and stats.kept == [[[4], [4]], [[2], [2]], [[1], [1]], [[1], [1]]]
+    assert stats.totals == [8, 4, 2, 2]
     record = json.loads(json.dumps(stats.to_dict()))
     assert record["seconds"] > 0 and record["kept"] == stats.kept
     assert 0 < record["kv_bytes"][3] < record["kv_bytes"][0] < record["kv_bytes_unpruned"]
@@ -204,9 +205,9 @@ def test_methods(family, method):
     with patch(model, method) as handle:
         generate(model, prompts(image, TEXTS["left-padded"]))
     (stats,) = handle.stats
-    assert stats.visual == 2 * image["tokens"]
+    assert stats.images == [[image["tokens"]]] * 2
     last = 0 if method.name in ("vtw",) or getattr(method, "depths", ()) else 2 * method.budget(image["tokens"])
-    assert stats.kept[-1] == last
+    assert stats.totals[-1] == last
 
 
 def test_cls_attention():
@@ -221,7 +222,7 @@ def test_cls_attention():
 
     with patch(model, Spy(keep=3)) as handle:
         generate(model, inputs)
-    assert handle.stats[0].kept == [6] * 4
+    assert handle.stats[0].kept == [[[3], [3]]] * 4
     with torch.no_grad():
         tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True)
     truth = tower.attentions[-1].mean(1)[:, 0, 1:]
