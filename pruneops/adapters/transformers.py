@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from .tower import Tower
 FAMILIES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm",
 )  # fmt: skip
-WATCHED = "pruneops_watched"  # an attention implementation: the module's own, queries remembered
+WATCHED = "pruneops_watched"  # name of an attention implementation, `watched_attention`
 
 
 class UnsupportedError(RuntimeError):
@@ -116,6 +117,7 @@ def patch(model, method):
     expect_family("pruneops.patch", model)
     if getattr(model, "_pruneops", None) is not None:
         raise UnsupportedError("pruneops.patch: this model is patched already; call remove() of its handle first")
+    AttentionInterface.register(WATCHED, watched_attention)
     return Handle(model, method)
 
 
@@ -224,6 +226,8 @@ class Handle:
         return args, self._pass.kwargs
 
     def _after_decoder(self, module, args, output):
+        if self._pass is not None:
+            self._pass.close()
         self._pass = None
 
     def _before_layer(self, i):
@@ -340,6 +344,9 @@ class Continuation:
     def after_layer(self, i, output):
         return None
 
+    def close(self):
+        pass
+
 
 class Prefill:
     """The forward pass that meets the images."""
@@ -361,7 +368,7 @@ class Prefill:
         self.positions, self.rotary, self.mask = kwargs.get("position_ids"), None, mask
         self.deepstack = self.kwargs.pop("deepstack_visual_embeds", None), self.kwargs.pop("visual_pos_masks", None)
         self.watch = {layer - 1 for layer in self.method.layers(len(cache.layers)) if "query" in self.method.needs}
-        self.queries = {}
+        self.queries, self.watching = {}, []
         if self.method.after_projector:
             self._after_projector(embeds)
 
@@ -466,16 +473,17 @@ class Prefill:
 
     def _watch(self, attention, i):
         """Have an attention module remember its queries, this once; it computes what it always does."""
-        config, queries = attention.config, self.queries
-        name = config._attn_implementation
+        config = attention.config
         eager = getattr(inspect.getmodule(type(attention)), "eager_attention_forward", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager)
+        attention._pruneops_watch = Watch(self.queries, i, config, attend)
+        attention.config = Renamed(config, WATCHED)
+        self.watching.append(attention)
 
-        def watched(module, query, *args, **kwargs):
-            queries[i], module.config = query, config
-            return ALL_ATTENTION_FUNCTIONS.get(name, eager)(module, query, *args, **kwargs)
-
-        AttentionInterface.register(WATCHED, watched)
-        attention.config = _Renamed(config, WATCHED)
+    def close(self):
+        """Modules that were not reached, because something failed, are not watched any longer."""
+        for attention in self.watching:
+            unwatch(attention)
 
     def after_layer(self, i, output):
         self._count(i)
@@ -497,7 +505,16 @@ class Prefill:
         stats.kv_bytes_unpruned = stats.kv_bytes[i] // keys.shape[2] * self.request.length
 
 
-class _Renamed:
+class Watch(NamedTuple):
+    """What a watched attention module does with its queries, and what it was before."""
+
+    queries: dict
+    layer: int
+    config: object
+    attend: Callable
+
+
+class Renamed:
     """A configuration under another attention implementation."""
 
     def __init__(self, config, name):
@@ -505,6 +522,20 @@ class _Renamed:
 
     def __getattr__(self, name):
         return getattr(self._config, name)
+
+
+def watched_attention(module, query, *args, **kwargs):
+    """The attention implementation of a watched module: its own, after a look at the queries."""
+    watch = unwatch(module)
+    watch.queries[watch.layer] = query
+    return watch.attend(module, query, *args, **kwargs)
+
+
+def unwatch(module):
+    watch = vars(module).pop("_pruneops_watch", None)
+    if watch is not None:
+        module.config = watch.config
+    return watch
 
 
 def remove_between_steps(request, cache):

@@ -171,6 +171,35 @@ def test_remove_restores_the_model(family):
     assert not torch.equal(plain.logits[0], pruned.logits[0])
 
 
+@pytest.mark.parametrize("where", ["at_layer", "select_each", "attention"])
+def test_errors_leave_no_trace(where):
+    """A method or a model that fails in the middle of a pass: the next one is right."""
+    model, image = model_of("llava")
+    inputs, method = prompts(image, TEXTS["one"]), METHODS["all three"]
+    configs = model.get_decoder().layers[0].self_attn.config
+
+    class Broken(Thin):
+        pass
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with patch(model, method) as handle:
+        if where == "attention":
+            hook = model.get_decoder().layers[0].self_attn.q_proj.register_forward_hook(fail)
+        else:
+            setattr(Broken, where, fail)
+            handle.method = Broken(projector=True, at=(1, 2))
+        with pytest.raises(ZeroDivisionError):
+            generate(model, inputs)
+        if where == "attention":
+            hook.remove()
+        assert all(layer.self_attn.config is configs for layer in model.get_decoder().layers)
+        handle.method = method
+        out = generate(model, inputs)
+    assert_oracle(model, inputs, method, out)
+
+
 def test_disabled_and_override():
     model, image = model_of("llava")
     inputs = prompts(image, TEXTS["one"])
