@@ -251,6 +251,8 @@ class Handle:
 
     def _own_cache(self, decoder, cache, kwargs):
         use_cache = kwargs.get("use_cache")
+        if (decoder.config._attn_implementation or "").startswith("paged"):
+            raise UnsupportedError("pruneops: continuous batching cannot be pruned; use generate")
         if cache is None and not (decoder.config.use_cache if use_cache is None else use_cache):
             raise UnsupportedError("pruneops: use_cache=False cannot be pruned; leave use_cache at True")
         if cache is None:

@@ -311,6 +311,13 @@ def test_own_forward_loop():
     torch.testing.assert_close(torch.stack(logits), truth, rtol=0, atol=1e-5 * float(truth.abs().max().clamp(min=1)))
 
 
+def test_continuous_batching_is_refused():
+    model, image = model_of("llava")
+    model.config.text_config._attn_implementation = "paged|sdpa"
+    with patch(model, METHODS["layer"]), pytest.raises(UnsupportedError, match="continuous batching cannot be pruned"):
+        model(**prompts(image, TEXTS["one"]))
+
+
 def test_chunked_prefill_is_refused():
     """By transformers itself before 5.5."""
     model, image = model_of("llava")
