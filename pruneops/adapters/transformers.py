@@ -42,7 +42,7 @@ class PrunedLayer(DynamicLayer):
     removed : int
         How many tokens shorter it is than the text.
     valid, visual : Tensor [B, S], bool, or None
-        Which of its tokens may be attended to (None: all), and which are an image's.
+        Which of its first S tokens may be attended to (None: all), and which are an image's. Later ones are text.
     """
 
     removed, valid, visual = 0, None, None
@@ -57,6 +57,11 @@ class PrunedLayer(DynamicLayer):
     @property
     def size(self):
         return super().get_seq_length()
+
+    def flags(self):
+        """(valid, visual) of all its tokens, [B, size] each."""
+        visual = extended(self.visual, self.size, False)
+        return (torch.ones_like(visual) if self.valid is None else extended(self.valid, self.size, True)), visual
 
     def crop(self, tokens_to_remove):
         raise UnsupportedError("pruneops: a pruned cache cannot be cropped (assisted decoding); generate without it")
@@ -102,6 +107,7 @@ def patch(model, method):
     model : PreTrainedModel
         Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 or SmolVLM.
     method : pruneops.methods.Method
+        Images are told apart by the tokens between them: those that follow each other directly count as one.
 
     Returns
     -------
@@ -214,8 +220,10 @@ class Handle:
             return None
         request = getattr(cache, "_pruneops", None)
         if request is None:
+            if not self._enabled or (cache is not None and cache.get_seq_length() > 0):
+                return None
             visual = self._visual(embeds)
-            if not self._enabled or visual is None or (cache is not None and cache.get_seq_length() > 0):
+            if visual is None:
                 return None
             kwargs["past_key_values"] = cache = self._own_cache(module, cache, kwargs)
             cache._pruneops = request = Request(self.method, module)
@@ -321,9 +329,11 @@ class Continuation:
 
     def __init__(self, request, cache, embeds, kwargs):
         self.request, self.cache, self.kwargs, self.embeds = request, cache, dict(kwargs), embeds
-        mask = kwargs.get("attention_mask")
-        new = embeds.shape[1]
-        self.valid = None if mask is None or mask.dim() != 2 else mask[:, -new:].bool()
+        mask, new = kwargs.get("attention_mask"), embeds.shape[1]
+        given = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        valid = mask[:, -new:].bool() if given else None
+        self.padding = None if valid is None or bool(valid.all()) else valid
+        self.masks = {}  # layers that hold the same tokens share one
         request.step += 1
         remove_between_steps(request, cache)
         if request.touched:
@@ -331,16 +341,17 @@ class Continuation:
         request.length += new
 
     def before_layer(self, i, args, kwargs):
-        layer, (B, new) = self.cache.layers[i], self.embeds.shape[:2]
-        own = torch.ones(B, new, dtype=torch.bool, device=self.embeds.device) if self.valid is None else self.valid
-        visual = torch.zeros_like(own)
-        if layer.valid is not None or not own.all():
-            before = layer.valid if layer.valid is not None else own.new_ones(B, layer.size)
-            layer.valid = torch.cat([before, own], 1)
-        layer.visual = torch.cat([layer.visual, visual], 1)
+        layer, new = self.cache.layers[i], self.embeds.shape[1]
+        before, length = layer.valid, layer.size + new
+        if self.padding is not None:
+            layer.valid = torch.cat([layer.flags()[0], self.padding], 1)
         if not self.request.touched:
             return None
-        kwargs["attention_mask"] = attention_mask(layer.valid, new, layer.size + new, self.embeds, self.request.flash)
+        key = id(before), length
+        if key not in self.masks:
+            valid = None if layer.valid is None else extended(layer.valid, length, True)
+            self.masks[key] = attention_mask(valid, new, length, self.embeds, self.request.flash)
+        kwargs["attention_mask"] = self.masks[key]
         return args, kwargs
 
     def after_layer(self, i, output):
@@ -367,7 +378,7 @@ class Prefill:
         images = [side_by_side(row) for row in self.sizes]
         self.tokens = Tokens(index, valid, visual & valid, images, bool(valid.all()))
         request.length, request.stats.images = S, self.sizes
-        self.positions, self.rotary, self.mask = kwargs.get("position_ids"), None, mask
+        self.rotary = None  # what is left of the decoder's input, once layers have removed something
         self.deepstack = self.kwargs.pop("deepstack_visual_embeds", None), self.kwargs.pop("visual_pos_masks", None)
         self.watch = {layer - 1 for layer in self.method.layers(len(cache.layers)) if "query" in self.method.needs}
         self.queries, self.watching = {}, []
@@ -546,15 +557,15 @@ def remove_between_steps(request, cache):
     if at_step is None:
         return
     for i, layer in enumerate(cache.layers):
-        counts = layer.visual.sum(1).tolist()
+        valid, visual = layer.flags()
+        counts = visual.sum(1).tolist()
         ranks = [at_step(request.step, i, count) for count in counts]
         if all(own is None or len(own) == count for own, count in zip(ranks, counts)):
             continue
-        valid = torch.ones_like(layer.visual) if layer.valid is None else layer.valid
         kept = []
         for b, own in enumerate(ranks):
-            places = layer.visual[b].nonzero()[:, 0]
-            stays = valid[b] & ~layer.visual[b]
+            places = visual[b].nonzero()[:, 0]
+            stays = valid[b] & ~visual[b]
             stays[places if own is None else places[own.to(places.device)]] = True
             kept.append(stays.nonzero()[:, 0])
         lengths = torch.tensor([len(own) for own in kept], device=layer.keys.device)
@@ -565,7 +576,7 @@ def remove_between_steps(request, cache):
         kv_compact_([layer.keys, layer.values], index, lengths=lengths)
         layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
         inside = torch.arange(longest, device=index.device) < lengths[:, None]
-        layer.visual = layer.visual.gather(1, index) & inside
+        layer.visual = visual.gather(1, index) & inside
         layer.valid = None if bool(inside.all()) else inside
         layer.removed = request.length - longest
         request.touched = True
@@ -603,6 +614,11 @@ def gather(tensors, keep, dims):
     """Tokens keep [B, K] of tensors whose batch, perhaps of 1, stands before the tokens or, at `dim` -1, too."""
     dims = [dim % tensor.dim() for tensor, dim in zip(tensors, dims)]
     return gather_tokens(tensors, keep, dims)
+
+
+def extended(flags, length, fill):
+    """Flags [B, S] with so many more of one value."""
+    return torch.nn.functional.pad(flags, (0, length - flags.shape[1]), value=fill)
 
 
 def side_by_side(counts):
