@@ -128,7 +128,7 @@ def patch(model, method):
 
 
 def expect_family(who, model):
-    kind = getattr(model.config, "model_type", type(model).__name__)
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise UnsupportedError(f"{who}: {kind} is not supported; supported are {', '.join(FAMILIES)}")
 

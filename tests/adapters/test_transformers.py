@@ -334,6 +334,8 @@ def test_unknown_architecture():
     )
     with pytest.raises(UnsupportedError, match="llama is not supported; supported are llava, "):
         patch(transformers.LlamaForCausalLM(config), Thin())
+    with pytest.raises(UnsupportedError, match="Linear is not supported"):
+        patch(torch.nn.Linear(2, 2), Thin())
 
 
 def test_patching_twice():
