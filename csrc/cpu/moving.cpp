@@ -8,7 +8,7 @@
 // page tables besides: one thread of an EPYC (Zen 4, 4 KB pages, virtual machine) takes 12 ns for a row of 256 bytes from
 // caches that fit L3 and 46 ns from 400 MB, where a plain copy takes 6 and 14 ns. Tokens asked for 4 -> 16 ahead, into L2:
 // 39 ns; their pages 96 ahead: 35 ns; stores past the caches (non-temporal): 46 ns. Two threads: 70 % of a plain copy's
-// rate at best with rows of 256 or 512 bytes (64 to 71 % in the recorded run), all of it with runs or rows of 8 KB.
+// rate at best with rows of 256 or 512 bytes (66 to 69 % in the recorded run), all of it with runs or rows of 8 KB.
 
 #include "cpu/moving.h"
 
