@@ -2,23 +2,6 @@
 
 #include "cpu/simd.h"
 
-// e^x for x <= 0, within 1e-7 of it relatively, and e^-87 below -87; NaN stays.
-PRUNEOPS_INLINE Vec exponential(Vec x) {
-  x = x < -87.0f ? broadcast(-87.0f) : x;
-  const Vec shifted = x * 0x1.715476p0f + 0x1.8p23f;  // x / ln 2 as an integer, in the low bits
-  const Vec n = shifted - 0x1.8p23f;
-  const Vec r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n ln 2
-  Vec y = broadcast(1.0f / 5040);
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  return y * (Vec)(((VecBits)shifted << 23) + 0x3f800000u);
-}
-
 // ln x for normal x, within 2e-7 of it relatively; NaN stays.
 PRUNEOPS_INLINE Vec logarithm(Vec x) {
   const VecInt n = ((VecInt)x - 0x3f3504f3) >> 23;  // x = m 2^n, m in [sqrt(1/2), sqrt(2))

@@ -15,22 +15,6 @@ constexpr int64_t kBlock = 64;                  // keys between two looks at the
 constexpr int64_t kFew = kLanes == 16 ? 4 : 2;  // few rows: those that meet four keys at a time
 constexpr int64_t kAhead = 12;                  // keys, asked for before few rows meet them
 
-// e^x within 1.2 ulp; 0 below e^-87.3, where results would lose bits.
-PRUNEOPS_INLINE Vec exponential(Vec x) {
-  const Vec top = broadcast(89.0f), bounded = x > top ? top : x;  // e^89 is inf; NaN stays
-  const Vec magic = broadcast(0x1.8p23f + 127);                   // the low bits of n + magic hold n + 127
-  const Vec sum = bounded * 0x1.715476p+0f + magic, n = sum - magic;
-  const Vec r = (bounded - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // x - n ln 2, the first product exact
-  Vec poly = 0x1.6a23dp-10f * r + 0x1.123a2p-7f;                     // minimax, off by 2^-28
-  poly = poly * r + 0x1.5558f2p-5f;
-  poly = poly * r + 0x1.555492p-3f;
-  poly = poly * r + 0x1.fffffcp-2f;
-  poly = poly * r + 1.0f;
-  poly = poly * r + 1.0f;
-  const Vec power = (Vec)((VecBits)sum << 23);
-  return (Vec)((VecBits)(poly * power) & ~(VecBits)(x < -87.3f));
-}
-
 // exp(logit - lse); 0 where either is -inf
 PRUNEOPS_INLINE Vec probability(Vec logit, Vec lse) {
   const VecBits dead = (VecBits)(logit == -kInfinity) | (VecBits)(lse == -kInfinity);

@@ -5,12 +5,11 @@ import inspect
 import itertools
 
 import torch
-from torch.nn.functional import pad
 
 from ..methods import Image
 from ..ops import gather_tokens
 from .tower import Tower
-from .transformers import UnsupportedError, expect_family, is_visual
+from .transformers import UnsupportedError, expect_family, is_visual, left_padded
 
 
 @torch.no_grad()
@@ -113,10 +112,7 @@ def shortened(ids, mask, visual, images):
         for end, (size, ranks) in zip(ends, images[row]):
             stays[places[end - size : end][ranks]] = True
         kept.append(stays.nonzero()[:, 0])
-    longest = max(map(len, kept))
-    keep = torch.stack([pad(own, (longest - len(own), 0)) for own in kept])
-    lengths = torch.tensor([len(own) for own in kept], device=ids.device)
-    return keep, torch.arange(longest, device=ids.device) >= longest - lengths[:, None]
+    return left_padded(kept)
 
 
 def with_images(encoded, features, chosen):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..methods import Image, Row
@@ -414,12 +414,10 @@ class Prefill:
             for own, (first, end) in zip(rows[b], images):
                 stays[places[first:end][own.to(places.device)]] = True
             kept.append(stays.nonzero()[:, 0])
-        longest = max(map(len, kept))
-        index = torch.stack([torch.nn.functional.pad(own, (longest - len(own), 0)) for own in kept])
-        valid = torch.stack([torch.arange(longest, device=index.device) >= longest - len(own) for own in kept])
+        index, valid = left_padded(kept)
         take = lambda flags: flags.gather(1, index)  # noqa: E731
         visual = take(tokens.visual) & valid
-        complete = all(len(own) == longest for own in kept)
+        complete = len(set(map(len, kept))) == 1
         self.tokens = Tokens(take(tokens.index), valid, visual, [side_by_side(row) for row in counts], complete)
         self.changed = self.request.touched = True
         return index
@@ -616,6 +614,14 @@ def gather(tensors, keep, dims):
     return gather_tokens(tensors, keep, dims)
 
 
+def left_padded(rows):
+    """(index, valid) [B, S] of rows of different lengths; padding is index 0."""
+    longest = max(map(len, rows))
+    index = torch.stack([torch.nn.functional.pad(own, (longest - len(own), 0)) for own in rows])
+    lengths = torch.tensor([len(own) for own in rows], device=index.device)
+    return index, torch.arange(longest, device=index.device) >= longest - lengths[:, None]
+
+
 def extended(flags, length, fill):
     """Flags [B, S] with so many more of one value."""
     return torch.nn.functional.pad(flags, (0, length - flags.shape[1]), value=fill)
@@ -635,4 +641,4 @@ def runs(flags):
     return list(zip(starts, ends))
 
 
-__all__ = ["Cache", "Handle", "PrunedLayer", "Stats", "UnsupportedError", "patch"]
+__all__ = ["Handle", "PrunedLayer", "Stats", "UnsupportedError", "patch"]

@@ -166,9 +166,8 @@ def expect_apart(op, argument, tensors):
     for i, tensor in enumerate(tensors):
         size = [f"stride {stride}" for stride, size in zip(tensor.stride(), tensor.shape) if stride == 0 and size > 1]
         expect(not size, op, f"{argument}[{i}]", "expanded", "memory of its own for every element")
-        if tensor.numel() and isinstance(tensor, Tensor) and not isinstance(tensor, torch._subclasses.FakeTensor):
-            where = tensor.data_ptr() if tensor.device.type != "meta" else id(tensor)
-            other = seen.setdefault(where, i)
+        if tensor.numel() and not isinstance(tensor, torch._subclasses.FakeTensor) and not tensor.is_meta:
+            other = seen.setdefault(tensor.data_ptr(), i)
             expect(other == i, op, f"{argument}[{i}]", f"the same memory as {argument}[{other}]", "passed once")
 
 
