@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test install lint bench gpu clean test-triton-oldest test-triton-newest test-transformers-oldest
+.PHONY: demo test install lint bench gpu clean test-triton-oldest test-triton-newest test-transformers-oldest \
+	test-lmms-eval
 
 demo: install
 	$(BIN)/pruneops demo
@@ -30,7 +31,7 @@ lint: install
 
 test: lint
 	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
-	$(MAKE) test-triton-oldest test-triton-newest test-transformers-oldest
+	$(MAKE) test-triton-oldest test-triton-newest test-transformers-oldest test-lmms-eval
 
 # answers of the operators on the oldest supported and on the newest Triton, and that kernels compile for two cards;
 # adapters on the oldest supported transformers
@@ -41,6 +42,10 @@ test-triton-oldest test-triton-newest: test-%: .overlays/%/.packages
 
 test-transformers-oldest: test-%: .overlays/%/.packages
 	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu $(BIN)/python -m pytest -q -n auto tests/adapters
+
+# the recipe for lmms-eval, with the harness itself
+test-lmms-eval: test-%: .overlays/%/.packages
+	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu $(BIN)/python -m pytest -q tests/test_lmms_eval.py
 
 .overlays/%/.packages: requirements/%.txt .venv/.built
 	rm -rf $(@D)

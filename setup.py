@@ -156,7 +156,7 @@ setup(
         *(f"pruneops.{name}" for name in ("reference", "ops", "methods", "adapters", "demo", "triton_kernels")),
     ],
     package_dir={"pruneops": "pruneops", "pruneops.triton_kernels": "triton_kernels"},
-    package_data={"pruneops": ["_build.json"]},
+    package_data={"pruneops": ["_build.json"], "pruneops.demo": ["weights/*"]},
     ext_modules=[Extension("pruneops._C", sources=[]), Extension("pruneops._cuda", sources=[])],
     cmdclass={"build_ext": NativeBuild},
 )

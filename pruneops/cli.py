@@ -16,8 +16,7 @@ import torch
 from . import __version__, backends, ops
 from .backends import AUTO, BACKENDS, BackendUnavailable
 from .demo import DemoError
-from .demo.methods import METHODS
-from .ops.kcenter import METRICS
+from .methods._base import METHODS
 
 
 def main(argv=None):
@@ -71,13 +70,16 @@ def _info(arguments):
 
 
 def _demo(arguments):
-    from .demo.run import report, run
+    try:
+        from .demo.run import report, run
+    except ModuleNotFoundError as error:
+        raise DemoError(f'the demo needs {error.name}: pip install "pruneops[demo]"') from None
 
     record = run(
         arguments.image,
+        question=arguments.question,
         method=arguments.method,
         keep=arguments.keep,
-        metric=arguments.metric,
         out=arguments.out,
         save=arguments.save,
         seed=arguments.seed,
@@ -159,31 +161,26 @@ def _parser():
 
     command = commands.add_parser(
         "demo",
-        help="prune the visual tokens of a photograph, time the prefill, draw the choice",
-        description="Tile a photograph into 2880 visual tokens, keep some of them, time a LLaVA-shaped prefill with "
-        "and without pruning and draw what was kept. All weights are random.",
+        help="ask a small LLaVA about a picture, unpruned and pruned, and draw what was kept",
+        description="Ask the small LLaVA that comes along about a picture, with all 256 visual tokens and pruned; "
+        "compare answers, tokens, KV cache and times, and draw which tokens were kept.",
     )
     add = command.add_argument
-    add("--image", metavar="PATH", help="photograph (default: one that scikit-image brings along)")
-    add(
-        "--method",
-        choices=tuple(METHODS),
-        default="todre",
-        help="todre: the most different tokens (default); dart: those that repeat a few pivots least",
-    )
-    add("--keep", type=_keep, default=0.1, metavar="K", help="number of tokens, or a fraction like 0.1 (default)")
-    add(
-        "--metric",
-        choices=METRICS,
-        default="cosine",
-        help="distance between tokens (default: cosine; dart has no other)",
-    )
+    add("--image", metavar="PATH", help="photograph (default: a test scene with coloured digits, answers known)")
+    add("--question", metavar="TEXT", help='like "which digit is red ?" (default: one of every kind)')
+    names = ", ".join(METHODS)
+    add("--method", choices=tuple(METHODS), default="todre", metavar="NAME", help=f"todre (default); any of {names}")
+    add("--keep", type=_keep, metavar="K", help="share of the tokens, like 0.1 (default), or their number, like 26")
     add("--out", default="pruneops-demo.png", metavar="PATH", help="picture, or its directory (default: %(default)s)")
-    add("--save", metavar="PATH", help="write the measurements as JSON")
-    add("--json", action="store_true", help="print the measurements as JSON, not as a table")
-    add("--seed", type=_seed, default=0, help="of the random weights and of dart's pivots (default: 0)")
+    add("--save", metavar="PATH", help="write answers and measurements as JSON")
+    add("--json", action="store_true", help="print them as JSON, not as tables")
+    add(
+        "--seed", type=_seed, default=0, help="of the scene, the choice of questions and the method random (default: 0)"
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
-    add("--backend", choices=("auto", *BACKENDS), default="auto", help="implementation of the selection")
+    add(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="implementation of the operators (default: auto)"
+    )
     command.set_defaults(command=_demo)
     return parser
 

@@ -3,40 +3,27 @@
 import io
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Circle
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-BACKGROUND, INK, FAINT = "#15181d", "#e8eaed", "#9aa3ad"
-ORDER = ListedColormap(colormaps["plasma"](np.linspace(0.97, 0.22, 256)))  # first bright, last dark
-HEAT = ListedColormap(colormaps["magma"](np.linspace(0.12, 0.95, 256)))  # dark is new, bright is said already
-PIVOTS = ("#4cc9f0", "#ff4d6d", "#ffd23f", "#2ddc8f", "#b48cff", "#ff8c42", "#c6f135", "#ff9ee5")
-WIDTH, HEIGHT, DPI = 12.0, 6.4, 100  # inches, inches, pixels per inch
-MARGIN, GAP = 0.012, 0.016  # of the width
-COLUMN = (1 - 2 * MARGIN - 2 * GAP) / 3
-SQUARE = WIDTH / HEIGHT  # height of a square of width 1, in figure coordinates
+BACKGROUND, INK, FAINT, LINE = "#15181d", "#e8eaed", "#9aa3ad", "#3a4048"
+ACCENT, RIGHT, WRONG = "#4cc9f0", "#2ddc8f", "#ff5c72"
+WIDTH, HEIGHT, DPI = 12.0, 5.75, 100  # inches, inches, pixels per inch
+MARGIN, GAP, SQUARE, TOP = 0.15, 0.22, 3.72, 0.42  # inches; side of a picture, what is above it
+MARKS = {True: (RIGHT, "\N{CHECK MARK}"), False: (WRONG, "\N{BALLOT X}"), None: (INK, "")}
+DIM = 0.38  # brightness of what was removed
+TOKEN = 32  # pixels of a token's side, enlarged
 
 
-def selection(tiles, tiling, order, radii, caption, form="png"):
-    """Photograph in tiles, kept tokens, order of choice: crops above, thumbnail below.
+def answers(pixels, record, form="png"):
+    """The demo's picture: what the model sees, which tokens are kept, how many each layer holds, both answers.
 
     Parameters
     ----------
-    tiles : ndarray [5, crop, crop, 3], uint8
-        Thumbnail, then the crops in reading order.
-    tiling : pruneops.demo.photo.Tiling
-    order : sequence of int
-        Kept tokens in order of choice.
-    radii : sequence of float
-        Distance of each to those before it; values that are not finite are left out.
-    caption : str
-        Short line about the tokens.
+    pixels : ndarray [side, side, 3], uint8
+    record : dict
+        As `pruneops.demo.run.run` returns it.
     form : str
         File format by its extension.
 
@@ -45,173 +32,120 @@ def selection(tiles, tiling, order, radii, caption, form="png"):
     bytes
         The file.
     """
-    rank = np.full(tiling.tokens, -1)
-    rank[order] = np.arange(len(order))
-    rank = rank.reshape(len(tiles), tiling.side, tiling.side)
-    kept = _to_pixels(rank >= 0, tiling.patch)[..., None]
-    colour = ORDER(_to_pixels(rank, tiling.patch) / max(1, len(order) - 1))[..., :3]
-    light = tiles / 255.0
-    dim = 0.22 * light
-    grey = 0.08 + 0.30 * light.mean(-1, keepdims=True)
+    tokens, kept, method = record["visual_tokens"], record["kept"], record["method"]["method"]
+    row = round(tokens**0.5)
+    inside = np.isin(np.arange(tokens), kept["tokens"]).reshape(row, row)
+    enlarged = Image.fromarray(pixels).resize((row * TOKEN, row * TOKEN), Image.Resampling.BICUBIC)
+    light = np.asarray(enlarged) / 255
+    grey = DIM * (light + 2 * light.mean(-1, keepdims=True)) / 3
+    bright = inside.repeat(TOKEN, 0).repeat(TOKEN, 1)[..., None]
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=BACKGROUND)
-    _photograph(figure, tiling, light, caption)
-
-    _column(figure, tiling, 1, f"kept: {len(order)} of {tiling.tokens} tokens", np.where(kept, light, dim))
-    crops, thumbnail = _counts(rank >= 0, tiling)
-    _say(figure, 1, f"crops\n{crops}\n\nthumbnail\n{thumbnail}")
-
-    axes = _column(figure, tiling, 2, "order of choice", np.where(kept, colour, grey))
-    _mark(axes, tiling, order[0], tiling.crop / 15, fill=False, color=INK, lw=1.8)
-    _curve(figure, radii)
+    axes = _picture(figure, 0, f"all {tokens} visual tokens", light)
+    for line in range(1, row):
+        axes.axhline(line * TOKEN - 0.5, color=BACKGROUND, lw=0.6, alpha=0.4)
+        axes.axvline(line * TOKEN - 0.5, color=BACKGROUND, lw=0.6, alpha=0.4)
+    where = f", from layer {kept['from_layer']} on" if kept["from_layer"] else " tokens"
+    title = f"kept: {len(kept['tokens'])} of {tokens}{where} ({method})"
+    axes = _picture(figure, 1, title, np.where(bright, light, grey))
+    axes.add_collection(LineCollection(_outline(inside), colors=ACCENT, lw=1.2, capstyle="projecting", clip_on=False))
+    _layers(figure, record["questions"], tokens)
+    _answers(figure, record)
+    _cache(figure, record)
     return _file(figure, form)
 
 
-def duplication(tiles, tiling, order, quotas, scores, note, caption, form="png"):
-    """Photograph in tiles, duplication of every token, kept tokens in the colours of their pivots.
-
-    Parameters
-    ----------
-    tiles, tiling, caption, form
-        As in `selection`.
-    order : sequence of int
-        Kept tokens: the pivots, then what the first of them took, the second, ...
-    quotas : sequence of int
-        How many tokens each pivot took, of at most 8.
-    scores : sequence of float [tokens]
-        Duplication of every token: its greatest cosine with a pivot.
-    note : str
-        Short line about the pivots.
-
-    Returns
-    -------
-    bytes
-        The file.
-    """
-    count = len(quotas)
-    pivots = order[:count]
-    colours = np.array([to_rgb(colour) for colour in PIVOTS[:count]])
-    taker = np.full(tiling.tokens, -1)
-    taker[order] = np.concatenate([np.arange(count), np.repeat(np.arange(count), quotas)])
-    taker = taker.reshape(len(tiles), tiling.side, tiling.side)
-    kept = _to_pixels(taker >= 0, tiling.patch)[..., None]
-    light = tiles / 255.0
-    grey = light.mean(-1, keepdims=True)
-    tinted = (0.6 + 0.4 * grey) * colours[_to_pixels(taker, tiling.patch)]
-
-    scores = np.nan_to_num(np.reshape(scores, taker.shape))
-    heat = ScalarMappable(Normalize(scores.min(), scores.max()), HEAT)
-
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=BACKGROUND)
-    _photograph(figure, tiling, light, caption)
-
-    pictures = HEAT(heat.norm(_to_pixels(scores, tiling.patch)))[..., :3], np.where(kept, tinted, 0.05 + 0.28 * grey)
-    titles = "duplication score", f"kept: {len(order)} of {tiling.tokens} tokens"
-    for column, title, images, rim in zip((1, 2), titles, pictures, (BACKGROUND, INK)):
-        axes = _column(figure, tiling, column, title, images)
-        for pivot, colour in zip(pivots, colours):
-            _mark(axes, tiling, pivot, tiling.crop / 42, facecolor=colour, edgecolor=rim, lw=1.4)
-    _heat_key(figure, heat, note)
-    _pivot_key(figure, colours)
-    crops, thumbnail = _counts(taker >= 0, tiling)
-    words = f"pivots stay; each in\nturn takes the tokens\nleast like it\n\ncrops {crops}\nthumbnail {thumbnail}"
-    _say(figure, 2, words, below=0.02)
-    return _file(figure, form)
+def _axes(figure, left, top, width, height):
+    """Axes by inches from the left and from the top."""
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT))
 
 
-def _photograph(figure, tiling, light, caption):
-    """The first column: the photograph, the grid of tokens on its thumbnail."""
-    _, thumbnail = _column(figure, tiling, 0, "photograph in tiles", light)
-    for line in range(1, tiling.side):
-        thumbnail.axhline(line * tiling.patch - 0.5, color=BACKGROUND, lw=0.5, alpha=0.5)
-        thumbnail.axvline(line * tiling.patch - 0.5, color=BACKGROUND, lw=0.5, alpha=0.5)
-    _say(figure, 0, f"4 crops + thumbnail\n{tiling.side} x {tiling.side} tokens each\n\n{caption}")
-
-
-def _to_pixels(tokens, patch):
-    """[tiles, side, side] -> [tiles, crop, crop]."""
-    return tokens.repeat(patch, axis=-2).repeat(patch, axis=-1)
+def _say(figure, left, top, words, **style):
+    """Words whose middle is so many inches below the top."""
+    style = {"color": INK, "fontsize": 11, "va": "center"} | style
+    figure.text(left / WIDTH, 1 - top / HEIGHT, words, **style)
 
 
 def _left(column):
-    return MARGIN + column * (COLUMN + GAP)
+    return MARGIN + column * (SQUARE + GAP)
 
 
-def _column(figure, tiling, column, title, images):
-    """Crops above, thumbnail below; the axes of both."""
-    tall = COLUMN * SQUARE
-    crops = figure.add_axes((_left(column), 0.93 - tall, COLUMN, tall))
-    rows = (images[1:3], images[3:5])
-    crops.imshow(np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0), interpolation="antialiased")
-    crops.axhline(tiling.crop - 0.5, color=BACKGROUND, lw=2)
-    crops.axvline(tiling.crop - 0.5, color=BACKGROUND, lw=2)
-    crops.set_title(title, color=INK, fontsize=13, pad=7, loc="left")
-    crops.set_axis_off()
-    thumbnail = figure.add_axes((_left(column), MARGIN * SQUARE, COLUMN / 2, tall / 2))
-    thumbnail.imshow(images[0], interpolation="antialiased")
-    thumbnail.set_axis_off()
-    return crops, thumbnail
+def _picture(figure, column, title, image):
+    axes = _axes(figure, _left(column), TOP, SQUARE, SQUARE)
+    axes.imshow(image, interpolation="antialiased")
+    axes.set_axis_off()
+    _say(figure, _left(column), TOP / 2, title, fontsize=12.5)
+    return axes
 
 
-def _counts(kept, tiling):
-    """What is kept of the crops and of the thumbnail, from bool [tiles, side, side]."""
-    thumbnail, *crops = kept.sum((1, 2))
-    return f"{sum(crops)} of {4 * tiling.side**2}", f"{thumbnail} of {tiling.side**2}"
+def _outline(inside):
+    """Lines [.., 2, 2] between tokens that are inside and those that are not, in pixels of the picture."""
+    padded = np.pad(inside, 1)
+    across = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # (line, column)
+    down = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # (row, line)
+    lines = [[(x, y), (x + 1, y)] for y, x in across] + [[(x, y), (x, y + 1)] for y, x in down]
+    return TOKEN * np.array(lines, dtype=float).reshape(-1, 2, 2) - 0.5
 
 
-def _say(figure, column, words, below=0):
-    """Words beside the thumbnail of a column."""
-    x, y = _left(column) + COLUMN / 2 + 0.014, (MARGIN + COLUMN / 4) * SQUARE - below
-    figure.text(x, y, words, color=FAINT, fontsize=11, va="center", linespacing=1.4)
+def _layers(figure, questions, tokens):
+    """Bars of the visual tokens of every layer: unpruned an outline, pruned filled; means over the questions."""
+    counts = np.array([asked["pruned"]["visual_tokens"] for asked in questions])
+    pruned, note = counts.mean(0), "" if (counts == counts[0]).all() else " (mean)"
+    left = _left(2) + 0.3
+    axes = _axes(figure, left, TOP + 0.3, WIDTH - MARGIN - left, SQUARE - 0.3)
+    places = range(len(pruned))
+    axes.barh(places, tokens, 0.66, facecolor="none", edgecolor=FAINT, lw=1)
+    axes.barh(places, pruned, 0.66, color=ACCENT)
+    for place, count in zip(places, pruned):
+        beyond = count < 0.85 * tokens
+        words = f"{count:.0f}" if count == round(count) else f"{count:.1f}"
+        x, side = (count + 0.02 * tokens, "left") if beyond else (count - 0.02 * tokens, "right")
+        axes.text(x, place, words, color=INK if beyond else BACKGROUND, fontsize=11, va="center", ha=side)
+    axes.set(xlim=(0, 1.005 * tokens), ylim=(len(pruned) - 0.5, -0.5), facecolor="none", xticks=[], yticks=places)
+    axes.tick_params(colors=FAINT, labelsize=11, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    _say(figure, _left(2), TOP / 2, "visual tokens in each decoder layer", fontsize=12.5)
+    _say(figure, left, TOP + 0.1, f"outline: unpruned    filled: pruned{note}", fontsize=10.5, color=FAINT)
 
 
-def _mark(axes, tiling, token, radius, **style):
-    """A circle around a token; `axes` are those of the crops and of the thumbnail."""
-    tile, row, column = tiling.place(token)
-    left, top = (0, 0) if tile == 0 else (tiling.crop * part for part in reversed(divmod(tile - 1, 2)))
-    centre = (left + (column + 0.5) * tiling.patch, top + (row + 0.5) * tiling.patch)
-    axes[tile == 0].add_patch(Circle(centre, radius, clip_on=False, zorder=3, **style))
+def _answers(figure, record):
+    """A table below the two pictures."""
+    columns = [_left(0), _left(0) + 3.55, _left(0) + 4.75, _left(0) + 6.3]
+    top, step = TOP + SQUARE + 0.2, 0.225
+    heads = "question", "truth", "unpruned", "pruned"
+    for x, head in zip(columns, heads):
+        _say(figure, x, top, head, color=FAINT, fontsize=10.5)
+    for i, asked in enumerate(record["questions"], 1):
+        cells = [(_short(asked["question"], 42), INK), (asked["truth"] or "unknown", FAINT)]
+        for way in ("unpruned", "pruned"):
+            colour, mark = MARKS[asked[way]["right"]]
+            cells.append((f"{_short(asked[way]['answer'] or '(nothing)', 18)} {mark}", colour))
+        for x, (words, colour) in zip(columns, cells):
+            _say(figure, x, top + i * step, words, color=colour)
 
 
-def _heat_key(figure, heat, note):
-    """Colour bar of the duplication score, and a note on the pivots."""
-    axes = figure.add_axes((_left(1) + COLUMN / 2 + 0.014, 0.2, COLUMN / 2 - 0.03, 0.024))
-    figure.colorbar(heat, cax=axes, orientation="horizontal", ticks=[heat.norm.vmin, heat.norm.vmax], format="%.2f")
-    axes.set_title("greatest cosine\nwith a pivot", color=FAINT, fontsize=11, loc="left", pad=8, linespacing=1.4)
-    axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    for label, side in zip(axes.get_xticklabels(), ("left", "right")):
-        label.set_horizontalalignment(side)
-    axes.set_xlabel(note, color=FAINT, fontsize=11, loc="left", labelpad=8, linespacing=1.4)
+def _short(words, most):
+    return words if len(words) <= most else words[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _pivot_key(figure, colours):
-    """The pivots' colours in their order, above the words of the last column."""
-    for p, colour in enumerate(colours):
-        x = _left(2) + COLUMN / 2 + 0.019 + 0.015 * p
-        figure.add_artist(Line2D([x], [0.287], marker="o", markersize=6.5, color=colour, markeredgecolor=INK))
-
-
-def _curve(figure, radii):
-    """Distance of every token when chosen, in the colours of the order: the key to them."""
-    left, width = _left(2) + COLUMN / 2 + 0.022, COLUMN / 2 - 0.026
-    axes = figure.add_axes((left, 0.075, width, COLUMN / 2 * SQUARE - 0.125), facecolor="none")
-    step, radius = np.arange(1, len(radii) + 1), np.asarray(radii, dtype=float)
-    step, radius = step[np.isfinite(radius)], radius[np.isfinite(radius)]
-    points = np.stack([step, radius], axis=1)[:, None]  # [k, 1, 2]
-    segments = np.concatenate([points[:-1], points[1:]], axis=1)
-    lines = LineCollection(segments, cmap=ORDER, lw=3, capstyle="round")
-    lines.set_array(step[1:])
-    lines.set_clim(1, max(2, len(radii)))
-    axes.add_collection(lines)
-    axes.set_xlim(1, max(2, len(radii)))
-    axes.set_ylim(0, 1.08 * radius.max(initial=1e-6))
-    axes.set_xticks(sorted({1, len(radii)}))
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.set_title("distance when chosen", color=FAINT, fontsize=10.5, loc="left", pad=6)
-    axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#3a4048")
+def _cache(figure, record):
+    """KV cache and, where truth is known, right answers, below the bars."""
+    questions, kept = record["questions"], record["kept"]
+    whole, small = (np.mean([asked[way]["kv_bytes"] for asked in questions]) for way in ("unpruned", "pruned"))
+    lines = [
+        (f"{whole / small:.1f}x", f"smaller KV cache: {whole / 1024:.0f} \N{RIGHTWARDS ARROW} {small / 1024:.0f} KiB")
+    ]
+    known = [asked for asked in questions if asked["truth"] is not None]
+    if known:
+        right = [sum(asked[way]["right"] for asked in known) for way in ("unpruned", "pruned")]
+        lines.append((f"{right[1]} of {len(known)}", f"answers right; unpruned: {right[0]}"))
+    if kept["questions"] < len(questions):
+        lines.append(("", "tokens shown: those kept for the first question"))
+    for i, (number, words) in enumerate(lines):
+        top = TOP + SQUARE + 0.32 + 0.42 * i
+        _say(figure, _left(2), top, number, fontsize=16, color=ACCENT)
+        _say(figure, _left(2) + (0.95 if number else 0), top, words, fontsize=11, color=FAINT)
 
 
 def _file(figure, form):

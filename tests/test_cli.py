@@ -76,7 +76,7 @@ def test_version(capsys):
         ["demo", "--keep", "much"],
         ["demo", "--seed", "-1"],
         ["demo", "--method", "fastest"],
-        ["demo", "--metric", "manhattan"],
+        ["demo", "--metric", "cosine"],
         ["demo", "--backend", "opencl"],
     ],
 )

@@ -39,6 +39,7 @@ def _cases(caches):
 CASES = (
     _case(4, 2, 2, 96, 10, torch.float32, D=16),
     _case(4, 2, 2, 96, 86, torch.float32, D=16, heads=True, in_place=True),
+    *(_case(64, 1, 1, 1, 1, torch.float32, D=16, in_place=own) for own in (False, True)),  # what a call itself costs
     *(_case(64, 1, 8, 64, 16, dtype, D=64) for dtype in NAMES),
     *itertools.chain.from_iterable(map(_cases, (16, 64))),
 )
@@ -47,6 +48,8 @@ SETS = {
     "cpu": {
         "tiny": TINY,
         "quick": (
+            "c64-b1-h1-s1-float32",
+            "in-place-c64-b1-h1-s1-float32",
             "c64-b1-h8-s64-float32",
             "c16-b1-h32-s3072-float32",
             "c16-b1-h32-s3072-bfloat16",

@@ -1,8 +1,7 @@
-"""What `pruneops demo` runs: a photograph through a LLaVA-shaped model, with and without pruning.
+"""What `pruneops demo` runs: questions about a picture to a small LLaVA, with all visual tokens and with some of them.
 
-photo.py reads and tiles the photograph, model.py holds the random-weight model, methods.py the ways
-to choose tokens, run.py times the stages and reports. The packages of pruneops[demo] are imported
-only when the demo runs.
+scenes.py makes pictures whose answers are known, photo.py reads photographs, model.py holds the model, run.py asks,
+times and reports. The packages of pruneops[demo] are imported only when the demo runs.
 """
 
 

@@ -1,108 +1,134 @@
-"""A LLaVA-shaped model with random weights: CLIP tower, projector, decoder.
+"""The embedded model: a small `LlavaForConditionalGeneration` that answers questions about `scenes`.
 
-The widths are those of CLIP ViT-L/14-336 and, on a GPU, of LLaVA-1.5-7B; on a CPU the depths and
-the decoder's width are cut so that the demo takes seconds. Attention is scaled_dot_product_attention
-throughout: [CLS] attention is computed for its one row only, D^2 (N + 1) operations for the keys.
+CLIP tower with [CLS] (8 x 8 pixels a token, 16 x 16 tokens), projector, Llama decoder of 8 layers with grouped queries.
+`python -m benchmarks.quality train` makes its weights; weights/ holds them as transformers saves a model, in float16.
 """
 
-from dataclasses import dataclass, replace
+from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import AutoModel, CLIPVisionConfig, LlamaConfig
+from .scenes import COLOURS, PATCH, ROW, SIDE
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the model; the defaults are LLaVA-1.5-7B's."""
-
-    crop: int = 336
-    patch: int = 14
-    tower_width: int = 1024
-    tower_layers: int = 24
-    tower_heads: int = 16
-    width: int = 4096
-    layers: int = 32
-    heads: int = 32
-    inner: int = 11008
-    dtype: torch.dtype = torch.bfloat16
+WEIGHTS = Path(__file__).with_name("weights")
+SPECIAL = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
+WORDS = (
+    *map(str, range(10)), *COLOURS, "which", "digit", "is", "what", "colour", "the", "list", "all", "digits", "how",
+    "many", "larger", "or", "?", ",",
+)  # fmt: skip
+IDS = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+PAD, BOS, EOS, _, IMAGE = range(len(SPECIAL))
+CHAT = (  # of a conversation, images and text in their order, no roles
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endfor %}"
+)
+LAYERS = 8  # of the decoder
+ANSWER = 6  # tokens of the longest answer, <eos> included
 
 
-def shape_for(device):
-    """LLaVA-1.5-7B on a GPU, with as many decoder layers as its free memory holds; a small one on a CPU."""
-    if device.type == "cpu":
-        return Shape(tower_layers=8, width=1024, layers=8, heads=8, inner=2752, dtype=torch.float32)
-    free, _ = torch.cuda.mem_get_info(device)
-    layer = 0.5 * GIB  # 0.38 GiB of weights, and its share of the KV cache
-    return replace(Shape(), layers=max(1, min(32, int((free - 4 * GIB) // layer))))
+def configuration():
+    """The model's LlavaConfig."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-
-def build(shape, device):
-    """(tower, projector, decoder) with random weights from torch's current seed."""
     tower = CLIPVisionConfig(
-        hidden_size=shape.tower_width,
-        intermediate_size=4 * shape.tower_width,
-        num_hidden_layers=shape.tower_layers,
-        num_attention_heads=shape.tower_heads,
-        image_size=shape.crop,
-        patch_size=shape.patch,
-    )
+        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, projection_dim=128,
+        image_size=SIDE, patch_size=PATCH, hidden_act="gelu", initializer_range=0.05,
+    )  # fmt: skip
     decoder = LlamaConfig(
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=4096,
-        vocab_size=32,  # inputs are embeddings: the table is not used
+        vocab_size=len(IDS), hidden_size=128, intermediate_size=384, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+    return LlavaConfig(
+        vision_config=tower, text_config=decoder, image_token_id=IMAGE, image_seq_length=ROW**2,
+        projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def tokens(text):
+    """Numbers of the words of a text; KeyError on a word that the model does not know."""
+    return [IDS[word] for word in text.lower().replace("?", " ? ").replace(",", " , ").split()]
+
+
+def words(ids):
+    """The text of token numbers, up to the first <eos>."""
+    names = (*SPECIAL, *WORDS)
+    ids = list(ids)
+    return " ".join(names[i] for i in (ids[: ids.index(EOS)] if EOS in ids else ids))
+
+
+def normalised(pixels):
+    """float32 [.., 3, SIDE, SIDE] within -1..1 of uint8 pixels [.., SIDE, SIDE, 3]."""
+    return pixels.movedim(-1, -3).float() / 127.5 - 1
+
+
+def processor():
+    """A LlavaProcessor for the model, made from nothing but its vocabulary."""
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    words.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("?", " ? "), normalizers.Replace(",", " , ")]
     )
-    with torch.device(device):
-        tower, decoder = (
-            AutoModel.from_config(config, dtype=shape.dtype, attn_implementation="sdpa").eval()
-            for config in (tower, decoder)
-        )
-        projector = nn.Sequential(
-            nn.Linear(shape.tower_width, shape.width), nn.GELU(), nn.Linear(shape.width, shape.width)
-        ).to(shape.dtype)
-    return tower, projector, decoder
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], padding_side="left",
+    )  # fmt: skip
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    images = kind(size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return transformers.LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=CHAT,
+    )  # fmt: skip
 
 
-def see(tower, pixels):
-    """What LLaVA takes from its tower, and what ToDRE's pivot is taken from.
+def load(device="cpu", path=WEIGHTS):
+    """The model with its weights, float32, sdpa; OSError if they cannot be read."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval()
+
+
+def inputs(pixels, texts, device="cpu"):
+    """What `generate` takes for a question about each picture.
+
+    Parameters
+    ----------
+    pixels : Tensor [B, SIDE, SIDE, 3], uint8
+    texts : sequence of str
+        B questions in words of the vocabulary.
 
     Returns
     -------
-    features : Tensor [tiles, tokens, width]
-        Output of the last layer but one, without [CLS].
-    cls_attention : Tensor [tokens], float32
-        Attention of [CLS] in the last layer over the tokens of tile 0, mean over heads.
+    dict
+        input_ids and attention_mask [B, S], padded on the left, and pixel_values.
     """
-    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
-    layer = _layers(tower)[-1]
-    attention = layer.self_attn
-    tokens = layer.layer_norm1(hidden[0])  # [1 + tokens, width]
-    split = (-1, attention.num_heads, attention.head_dim)
-    query = attention.q_proj(tokens[:1]).view(split).float()
-    key = attention.k_proj(tokens).view(split).float()
-    logits = torch.einsum("qhd,khd->hk", query, key) * attention.head_dim**-0.5
-    return hidden[:, 1:], logits.softmax(-1).mean(0)[1:]
+    import torch
+
+    rows = [[BOS, *[IMAGE] * ROW**2, *tokens(text)] for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": normalised(pixels.to(device))}
 
 
-def prefill(decoder, embeddings, positions):
-    """(last hidden state, KV cache) of embeddings [1, S, D] at ascending positions [1, S]."""
-    # with no mask transformers would read a gap in the positions as the start of another sequence
-    mask = torch.ones_like(positions)
-    out = decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=True)
-    return out.last_hidden_state, out.past_key_values
+def ask(model, pixels, texts):
+    """Answers to `texts`, B questions about B pictures, as in `inputs`."""
+    import torch
 
-
-def cache_bytes(cache):
-    """Bytes of all keys and values in a KV cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def _layers(tower):
-    """Layers of a CLIPVisionModel; early versions keep them one level down, in vision_model."""
-    return getattr(tower, "vision_model", tower).encoder.layers
+    given = inputs(pixels, texts, model.device)
+    with torch.inference_mode():
+        out = model.generate(**given, max_new_tokens=ANSWER, do_sample=False)
+    return [words(row) for row in out[:, given["input_ids"].shape[1] :].tolist()]

@@ -1,40 +1,47 @@
-"""The demo: tile a photograph, keep some of its visual tokens, time the prefill with and without.
+"""The demo: the same questions about a picture to the same model, with all visual tokens and pruned.
 
-A method of methods.py chooses among the projected tokens. Kept tokens enter the decoder in ascending
-order, at the positions they had among all of them.
+Every question is a request of its own, first to the model as it is, then through `pruneops.patch`, the two in turns.
+Hooks on the model's parts read the clock.
 """
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .. import __version__, backend, backends, ops, reference
-from . import DemoError, photo
-from .methods import METHODS
+from .. import __version__, backend, backends
+from ..methods._base import METHODS
+from . import DemoError, model, photo, scenes
 
-EXTRAS = ("numpy", "PIL", "tqdm", "matplotlib", "transformers")
+KEEP = 0.1
+PICTURES, SCENES, LIBRARIES = ("numpy", "PIL", "tqdm"), ("skimage", "scipy", "sklearn"), ("matplotlib", "transformers")
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-TEXT = (32, 32)  # text tokens before and after the image
-STAGES = 10
+EXAMPLES = '"which digit is red ?", "what colour is the 5 ?", "which is larger , red or blue ?", "list all digits"'
+WAYS = ("unpruned", "pruned")
+ONCE = ("picture", "libraries", "model")
+STAGES = ("tower + projector", "selection", "prefill", "decode, per token", "whole answer")
+MARKS = {True: " right", False: " WRONG", None: ""}
+PAIRS = 100  # more comparisons than any scene has
 
 
 def run(
     image=None,
     *,
+    question=None,
     method="todre",
-    keep=0.1,
-    metric="cosine",
+    keep=None,
     out="pruneops-demo.png",
     save=None,
     seed=0,
     device="auto",
     backend_name="auto",
-    shape=None,
     runs=3,
 ):
     """Run the demo and write its picture.
@@ -42,39 +49,38 @@ def run(
     Parameters
     ----------
     image : path, optional
-        Photograph; by default one that scikit-image brings along.
-    method : {"todre", "dart"}
-        What chooses the tokens.
-    keep : float or int
-        Fraction of the visual tokens in (0, 1], or their number.
-    metric : {"cosine", "euclidean"}
-        Distance between tokens; "dart" knows the cosine only.
+        Photograph; by default a test scene, whose answers are known.
+    question : str, optional
+        In the model's words; by default one of every kind, about a photograph two that always make sense.
+    method : str
+        Name of a method of `pruneops.methods`; settings other than `keep` and `Random`'s seed are its defaults.
+    keep : float or int, optional
+        Share of the visual tokens in (0, 1], or their number; 0.1 by default.
     out : path
         Picture, or the directory to put pruneops-demo.png into.
     save : path, optional
         Where to write the returned record as JSON.
     seed : int
-        Of all random weights and draws.
+        Of the scene, of the choice among its questions, of the method `random`.
     device : {"auto", "cpu", "cuda"}
     backend_name : str
         As in `pruneops.backend`.
-    shape : model.Shape, optional
-        Sizes of the model, by default `model.shape_for(device)`.
     runs : int
-        Timed runs of selection and prefill after one to warm up; their median counts.
+        Timed turns after one to warm up; medians count.
 
     Returns
     -------
     dict
-        What was chosen and measured, fit for JSON; seconds and bytes.
+        What was asked, answered, kept and measured, fit for JSON; seconds and bytes.
 
     Raises
     ------
     DemoError, BackendUnavailable
         When it cannot run as asked; nothing is written then.
     """
-    _check_method(method, metric)
-    _require((*EXTRAS, "skimage") if image is None else EXTRAS)
+    method = _method(method, keep, seed)
+    text = None if question is None else _in_words(question)
+    _require(PICTURES)
     out = _picture_path(out)
     save = None if save is None else _parent_checked(save, "--save")
     device = _device(device)
@@ -83,151 +89,346 @@ def run(
 
     from tqdm import tqdm
 
-    bar = tqdm(total=STAGES, disable=None, leave=False, bar_format="{desc:30}{bar:30} {n}/{total}")
+    form = out.suffix[1:].lower()
+    bar = tqdm(total=runs + 5, disable=None, leave=False, bar_format="{desc:20}{bar:30} {n}/{total}")
     try:
         with bar, torch.inference_mode(), backend(backend_name):
-            record, picture = _measure(
-                _Stages(device, bar), image, method, keep, metric, seed, device, shape, runs, out
-            )
+            record, picture = _measure(_Stages(device, bar), image, text, method, seed, runs, form)
     except torch.OutOfMemoryError:
         raise DemoError("the GPU ran out of memory; try --device cpu") from None
     record = {"version": __version__, "backend": served_by, "picture": str(out), **record}
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     _write(out, picture)
     if save is not None:
-        _write(save, text.encode())
+        _write(save, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
     return record
 
 
-def _measure(stages, image, method, keep, metric, seed, device, shape, runs, out):
-    """(record, bytes of the picture)."""
-    picture = stages("photo", lambda: photo.load(image))
-    import transformers
+class View(NamedTuple):
+    """A picture uint8 [SIDE, SIDE, 3], where it comes from (for the record), and questions about it."""
 
-    from .. import plots
-    from . import model
+    pixels: object
+    origin: dict
+    questions: list
 
-    shape = shape or model.shape_for(device)
-    tiling = photo.Tiling(*picture.size, shape.crop, shape.patch)
-    k = _budget(keep, tiling.tokens)
 
-    torch.manual_seed(seed)
-    tower, projector, decoder = stages("random weights", lambda: model.build(shape, device))
-    text = torch.randn(1, sum(TEXT), shape.width, device=device, dtype=shape.dtype)
+class Answer(NamedTuple):
+    """What one request gave: `kept` maps layers to the ranks left from there on, where tokens were dropped."""
 
-    tiles = stages("tiles", lambda: photo.tile(picture, tiling))
-    pixels = photo.normalise(tiles, device, shape.dtype)
-    features, attention = stages("tower", lambda: model.see(tower, pixels), warmup=1)
-    tokens = stages("projector", lambda: projector(features).flatten(0, 1), warmup=1)  # [N, D]
-    way = METHODS[method]
-    pivots = way.pivots(tokens, attention, k, seed)
+    text: str
+    seconds: dict
+    stats: object = None
+    kept: dict | None = None
 
-    def choose(operators):
-        return way.choose(operators, tokens, pivots, k, metric)
 
-    chosen = stages("selection", lambda: choose(ops), warmup=1, runs=runs)
-    stages("selection, PyTorch loop", lambda: choose(reference), warmup=1, runs=runs)
+class Watched:
+    """A method that remembers what it leaves of a single picture: for every layer at which tokens go, their ranks."""
 
-    def prefill(kept):
-        embeddings = torch.cat([text[:, : TEXT[0]], tokens[None, kept], text[:, TEXT[0] :]], dim=1)
-        head = torch.arange(TEXT[0], device=device)
-        tail = torch.arange(TEXT[1], device=device) + TEXT[0] + tiling.tokens
-        positions = torch.cat([head, kept + TEXT[0], tail])[None]
-        return model.cache_bytes(model.prefill(decoder, embeddings, positions)[1])
+    def __init__(self, method):
+        self.method, self.kept = method, {}
 
-    everything = torch.arange(tiling.tokens, device=device)
-    ascending = chosen[0].sort().values
-    bytes_all = stages("prefill, all tokens", lambda: prefill(everything), warmup=1, runs=runs)
-    bytes_kept = stages("prefill, kept tokens", lambda: prefill(ascending), warmup=1, runs=runs)
+    def __getattr__(self, name):
+        return getattr(self.method, name)
 
-    outcome, shown = way.outcome(tokens, pivots, chosen)
-    shown |= {"caption": f"vision tower: random\nweights, seed {seed}", "form": out.suffix[1:].lower()}
-    drawn = stages("picture", lambda: getattr(plots, way.picture)(tiles, tiling, **shown))
-    seconds = stages.seconds
-    pruned = seconds["selection"] + seconds["prefill, kept tokens"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    record = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": name,
-        "weights": f"random, seed {seed}",
-        "model": {
-            "tower": f"CLIP ViT, {shape.tower_layers} layers x {shape.tower_width}",
-            "decoder": f"Llama, {shape.layers} layers x {shape.width}",
-            "dtype": str(shape.dtype).removeprefix("torch."),
-        },
-        "image": {"path": None if image is None else str(image), "width": picture.width, "height": picture.height},
-        "method": method,
-        "metric": metric,
-        "tokens": {"visual": tiling.tokens, "per_tile": tiling.side**2, "text": sum(TEXT), "kept": k},
-        **outcome,
-        "seconds": seconds,
-        "kv_bytes": {"all": bytes_all, "kept": bytes_kept},
-        "speedup": {
-            "prefill": seconds["prefill, all tokens"] / seconds["prefill, kept tokens"],
-            "prefill_with_selection": seconds["prefill, all tokens"] / pruned,
-            "selection_over_loop": seconds["selection, PyTorch loop"] / seconds["selection"],
-        },
-        "selection_share": seconds["selection"] / pruned,
-    }
-    return record, drawn
+    def select_each(self, images):
+        (chosen,) = self.method.select_each(images)
+        self._note(0, torch.arange(len(images[0].features)), chosen)
+        return [chosen]
+
+    def at_layer(self, layer, row, count):
+        chosen = self.method.at_layer(layer, row, count)
+        if chosen is not None:
+            self._note(layer, [*self.kept.values()][-1] if self.kept else torch.arange(len(row.visual)), chosen)
+        return chosen
+
+    def _note(self, layer, before, chosen):
+        if len(chosen) < len(before):
+            self.kept[layer] = before[chosen.cpu()]
 
 
 def report(record):
-    """The table that `pruneops demo` prints."""
-    tokens, seconds, speedup, kv = (record[key] for key in ("tokens", "seconds", "speedup", "kv_bytes"))
-    per_tile, row = tokens["per_tile"], round(tokens["per_tile"] ** 0.5)
-    way = METHODS[record["method"]]
-    start, words = way.start(record, row)
-    photograph = record["image"]["path"] or "astronaut, from scikit-image"
-    share = f"{record['selection_share']:.1%} of selection + prefill"
-    notes = {
-        "tower": record["model"]["tower"],
-        "selection": f"{share}; {speedup['selection_over_loop']:.1f}x the PyTorch loop",
-        "prefill, all tokens": f"{tokens['visual'] + tokens['text']} tokens, KV cache {_size(kv['all'])}",
-        "prefill, kept tokens": f"{tokens['kept'] + tokens['text']} tokens, KV cache {_size(kv['kept'])}",
-    }
-    lines = [
-        f"photograph      {photograph} ({record['image']['width']} x {record['image']['height']})",
-        f"visual tokens   {tokens['visual']} = thumbnail {per_tile} + 4 crops x {per_tile}",
-        f"kept            {tokens['kept']} ({tokens['kept'] / tokens['visual']:.1%}) by {way.summary}, "
-        f"{record['metric']}, backend {record['backend']}",
-        f"{start:<16}{words}",
-        f"model           {record['model']['tower']}; {record['model']['decoder']}; {record['model']['dtype']}",
-        f"weights         {record['weights']}: the times are real, the tower is untrained",
-        f"device          {record['device']}, torch {record['torch']}",
-        "",
-        f"{'stage':<26}{'time':>10}",
-        *(f"{name:<26}{_duration(value):>10}   {notes.get(name, '')}".rstrip() for name, value in seconds.items()),
-        "",
-        f"Prefill is {speedup['prefill']:.1f}x faster, {speedup['prefill_with_selection']:.1f}x with selection "
-        f"counted; the KV cache is {kv['all'] / kv['kept']:.1f}x smaller.",
-        f"Picture: {record['picture']}",
-    ]
-    return "\n".join(lines)
+    """The tables that `pruneops demo` prints."""
+    questions, seconds = record["questions"], record["seconds"]
+    layers = [[_span(own) for own in zip(*(q[way]["visual_tokens"] for q in questions))] for way in WAYS]
+    stages = [[stage, *(_duration(seconds[way][stage]) for way in WAYS)] for stage in STAGES]
+    whole, small = (statistics.mean(q[way]["kv_bytes"] for q in questions) for way in WAYS)
+    return "\n".join(
+        [
+            f"picture         {_origin(record['image'])}",
+            f"model           {record['model']}",
+            f"method          {_summary(record)}, backend {record['backend']}",
+            f"device          {record['device']}, torch {record['torch']}, transformers {record['transformers']}",
+            "",
+            *_table(_answer_rows(record), str.ljust),
+            "",
+            *_table(
+                [["visual tokens in layer", *map(str, range(len(layers[0])))]]
+                + [[f"  {way}", *row] for way, row in zip(WAYS, layers)]
+            ),
+            f"KV cache after the prompt: {_size(whole)} -> {_size(small)}, {whole / small:.1f}x smaller",
+            "",
+            *_table([["time of a question", *WAYS], *stages]),
+            f"Once: {', '.join(f'{name} {_duration(seconds[name])}' for name in ONCE)}.",
+            "",
+            "Fixed costs are most of the time in a model this small, so it says little about the speed of pruning;",
+            "`python -m benchmarks end_to_end` measures that on models of real width.",
+            f"Picture: {record['picture']}",
+        ]
+    )
 
 
 class _Stages:
-    """Runs the stages one by one, shows which, keeps the median time of each."""
+    """Runs the stages one by one, shows which, keeps the time of each."""
 
     def __init__(self, device, bar):
         self.device, self.bar, self.seconds = device, bar, {}
 
-    def __call__(self, name, function, warmup=0, runs=1):
+    def __call__(self, name, function):
         self.bar.set_description_str(name)
-        times = []
-        for _ in range(warmup + runs):
-            start = self._now()
-            result = function()
-            times.append(self._now() - start)
-        self.seconds[name] = statistics.median(times[warmup:])
+        start = self.now()
+        result = function()
+        self.seconds[name] = self.now() - start
         self.bar.update()
         return result
 
-    def _now(self):
+    def now(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _measure(stages, image, text, method, seed, runs, form):
+    """(record, bytes of the picture)."""
+    view = stages("picture", lambda: _scene(text, seed) if image is None else _photograph(image, text))
+    stages("libraries", _import_libraries)
+    import transformers
+
+    from .. import plots
+
+    device = stages.device
+    llava = stages("model", lambda: _load(device))
+    pixels = torch.tensor(view.pixels)[None]
+    requests = [model.inputs(pixels, [asked.text], device) for asked in view.questions]
+    turns = [
+        stages(name, lambda: [_answer(llava, given, method, stages.now) for given in requests])
+        for name in ["warm-up", *(f"turn {turn + 1} of {runs}" for turn in range(runs))]
+    ]
+    questions = [_compared(*pair) for pair in zip(view.questions, turns[0])]
+    record = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": _device_name(device),
+        "model": _described(llava),
+        "image": view.origin,
+        "method": json.loads(method.to_json()),
+        "visual_tokens": scenes.ROW**2,
+        "kept": _first_kept(questions),
+        "questions": questions,
+        "seconds": {name: stages.seconds[name] for name in ONCE} | {way: _medians(turns[1:], way) for way in WAYS},
+    }
+    return record, stages("drawing", lambda: plots.answers(view.pixels, record, form))
+
+
+def _scene(text, seed):
+    """A test scene, and one question of every kind or the one asked for."""
+    _require(SCENES)
+    import numpy as np
+
+    scene, rng = scenes.scene("test", seed, 0), np.random.default_rng(seed)
+    known = scenes.questions(scene.objects, rng, pairs=PAIRS)
+    if text is None:
+        kinds = [[asked for asked in known if asked.kind == kind] for kind in scenes.KINDS]
+        questions = [own[rng.integers(len(own))] for own in kinds if own]
+    else:
+        questions = [asked for asked in known if asked.text == text] or [scenes.Question(None, text, None)]
+    objects = [{"digit": o.digit, "colour": o.colour} for o in scene.objects]
+    origin = {"path": None, "seed": seed, "width": scenes.SIDE, "height": scenes.SIDE, "objects": objects}
+    return View(scene.pixels, origin, questions)
+
+
+def _photograph(path, text):
+    """A photograph, and questions whose answers nobody knows."""
+    picture = photo.load(path)
+    origin = {"path": str(path), "seed": None, "width": picture.width, "height": picture.height, "objects": None}
+    asked = ["list all digits", "how many digits ?"] if text is None else [text]
+    return View(photo.squeezed(picture, scenes.SIDE), origin, [scenes.Question(None, own, None) for own in asked])
+
+
+def _import_libraries():
+    _require(LIBRARIES)
+    for name in ("pruneops.plots", "pruneops.adapters.transformers", "transformers.models.llava.modeling_llava"):
+        importlib.import_module(name)
+
+
+def _load(device):
+    try:
+        return model.load(device)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise DemoError(f"the model's weights cannot be read ({reason}): install pruneops again") from None
+
+
+def _answer(llava, given, method, now):
+    """{way: Answer} to one question."""
+    from ..adapters.transformers import patch
+
+    inner = llava.model
+    parts = {"tower": inner.vision_tower, "projector": inner.multi_modal_projector, "decoder": inner.language_model}
+    watched = Watched(method)
+    with _clocked(parts, now) as calls:
+        text, seconds = _generate(llava, given, calls, now)
+        unpruned = Answer(text, seconds)
+        with patch(llava, watched) as handle:
+            handle.clock = now
+            text, seconds = _generate(llava, given, calls, now)
+    (stats,) = handle.stats
+    seconds |= {"selection": stats.seconds, "prefill": seconds["prefill"] - stats.seconds}
+    return {"unpruned": unpruned, "pruned": Answer(text, seconds, stats, watched.kept)}
+
+
+def _generate(llava, given, calls, now):
+    """(answer, seconds of the stages); the decoder's first call is the prefill, selection included."""
+    for own in calls.values():
+        own.clear()
+    start = now()
+    out = llava.generate(**given, max_new_tokens=model.ANSWER, do_sample=False)
+    whole = now() - start
+    first, *later = calls["decoder"]
+    times = sum(calls["tower"] + calls["projector"]), None, first, statistics.median(later) if later else None, whole
+    return model.words(out[0, given["input_ids"].shape[1] :].tolist()), dict(zip(STAGES, times))
+
+
+@contextlib.contextmanager
+def _clocked(modules, now):
+    """{name: seconds of each call} of modules, while inside."""
+    calls = {name: [] for name in modules}
+    hooks = []
+    for name, module in modules.items():
+        hooks.append(module.register_forward_pre_hook(lambda *_, own=calls[name]: own.append(-now())))
+        hooks.append(module.register_forward_hook(lambda *_, own=calls[name]: own.append(own.pop() + now())))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _compared(asked, answers):
+    """The record of one question."""
+    stats, kept = answers["pruned"].stats, answers["pruned"].kept
+    layers = len(stats.kv_bytes)
+    held = {
+        "unpruned": {"visual_tokens": [scenes.ROW**2] * layers, "kv_bytes": layers * stats.kv_bytes_unpruned},
+        "pruned": {
+            "visual_tokens": stats.totals,
+            "kv_bytes": sum(stats.kv_bytes),
+            "kept": [{"from_layer": layer, "tokens": ranks.tolist()} for layer, ranks in kept.items()],
+        },
+    }
+    told = {}
+    for way in WAYS:
+        text = answers[way].text
+        told[way] = {"answer": text, "right": None if asked.answer is None else text == asked.answer, **held[way]}
+    return {"question": asked.text, "kind": asked.kind, "truth": asked.answer, **told}
+
+
+def _first_kept(questions):
+    """Where the method first removes tokens, which it leaves, and for how many of the questions just these."""
+    everything = {"from_layer": 0, "tokens": list(range(scenes.ROW**2))}
+    first = [(asked["pruned"]["kept"] or [everything])[0] for asked in questions]
+    return first[0] | {"questions": first.count(first[0])}
+
+
+def _medians(turns, way):
+    """Median seconds of every stage, over turns and questions."""
+    times = [answers[way].seconds for turn in turns for answers in turn]
+    every = {stage: [own[stage] for own in times if own[stage] is not None] for stage in STAGES}
+    return {stage: statistics.median(own) if own else None for stage, own in every.items()}
+
+
+def _device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def _described(llava):
+    tower, decoder = llava.config.vision_config, llava.config.text_config
+    return (
+        f"LLaVA: CLIP tower {tower.num_hidden_layers} x {tower.hidden_size}, Llama decoder "
+        f"{decoder.num_hidden_layers} x {decoder.hidden_size}, {llava.num_parameters() / 1e6:.1f} M parameters"
+    )
+
+
+def _origin(image):
+    if image["path"] is None:
+        return f"test scene of seed {image['seed']}, {len(image['objects'])} coloured digits on a photograph"
+    size = f"{image['width']} x {image['height']}"
+    return f"{image['path']} ({size}), squeezed to {scenes.SIDE} x {scenes.SIDE}; the model knows coloured digits only"
+
+
+def _summary(record):
+    """ "todre, keep 0.1: 26 of 256 visual tokens from layer 0 on"."""
+    kept, settings = record["kept"], record["method"]
+    keep = f", keep {settings['keep']}" if "keep" in settings else ""
+    count = f"{len(kept['tokens'])} of {record['visual_tokens']} visual tokens"
+    return f"{settings['method']}{keep}: {count} from layer {kept['from_layer']} on"
+
+
+def _answer_rows(record):
+    questions, count = record["questions"], record["visual_tokens"]
+    rows = [["question", "truth", f"all {count} tokens", f"{len(record['kept']['tokens'])} tokens"]]
+    for asked in questions:
+        told = [f"{asked[way]['answer'] or '(nothing)'}{MARKS[asked[way]['right']]}" for way in WAYS]
+        rows.append([asked["question"], asked["truth"] or "unknown", *told])
+    known = [asked for asked in questions if asked["truth"] is not None]
+    if known:
+        right = [sum(asked[way]["right"] for asked in known) for way in WAYS]
+        rows.append(["right", "", *(f"{count} of {len(known)}" for count in right)])
+    return rows
+
+
+def _table(rows, pad=str.rjust):
+    """Lines of columns; the first on the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    pads = [str.ljust, *[pad] * (len(widths) - 1)]
+    return ["  ".join(fit(cell, width) for fit, cell, width in zip(pads, row, widths)).rstrip() for row in rows]
+
+
+def _span(counts):
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+
+
+def _method(name, keep, seed):
+    """The method as the options describe it."""
+    if name not in METHODS:
+        raise DemoError(f"--method {name}: must be one of {', '.join(METHODS)}")
+    settings = {field.name for field in dataclasses.fields(METHODS[name])}
+    if keep is not None and "keep" not in settings:
+        raise DemoError(f"--keep {keep}: {name} always removes all tokens of an image; leave --keep out")
+    tokens = scenes.ROW**2
+    if isinstance(keep, int) and keep > tokens:
+        raise DemoError(f"--keep {keep}: must be a share in (0, 1] or a count of at most the {tokens} visual tokens")
+    given = {"keep": KEEP if keep is None else keep, "seed": seed}
+    try:
+        return METHODS[name](**{setting: value for setting, value in given.items() if setting in settings})
+    except ValueError as error:
+        raise DemoError(f"--method {name}: {error}") from None
+
+
+def _in_words(question):
+    """The question as the model takes it: words and signs, one space apart."""
+    plain = question.lower().translate(dict.fromkeys(map(ord, '.!:;"'), " "))
+    words = plain.replace("?", " ? ").replace(",", " , ").split()
+    unknown = [repr(word) for word in dict.fromkeys(words) if word not in model.WORDS]
+    if unknown:
+        raise DemoError(
+            f"--question: the model does not know {', '.join(unknown[:5])}; "
+            f"its words are {' '.join(model.WORDS)}; ask for example {EXAMPLES}"
+        )
+    if not words:
+        raise DemoError(f"--question: is empty; ask for example {EXAMPLES}")
+    return " ".join(words)
 
 
 def _require(modules):
@@ -238,26 +439,12 @@ def _require(modules):
             raise DemoError(f'the demo needs {name} ({error}): pip install "pruneops[demo]"') from None
 
 
-def _check_method(method, metric):
-    if method not in METHODS:
-        raise DemoError(f"--method {method}: must be one of {', '.join(METHODS)}")
-    if metric not in METHODS[method].metrics:
-        raise DemoError(f"--metric {metric}: method {method} knows {', '.join(METHODS[method].metrics)} only")
-
-
 def _device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise DemoError("--device cuda: PyTorch sees no GPU here (`pruneops info` says more)")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _budget(keep, tokens):
-    k = keep if isinstance(keep, int) else max(1, round(keep * tokens))
-    if not 1 <= k <= tokens:
-        raise DemoError(f"--keep {keep}: must be between 1 and the {tokens} visual tokens, or a fraction of them")
-    return k
 
 
 def _picture_path(out):
@@ -293,8 +480,10 @@ def _write(path, data):
 
 
 def _duration(seconds):
+    if seconds is None:
+        return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
 def _size(count):
-    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

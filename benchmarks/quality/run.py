@@ -1,0 +1,268 @@
+"""Which answers of the embedded model survive which pruning: every method x budget x kind of question.
+
+A scene is asked one question of every kind; the same scenes and questions go to all methods, tens of rows at a time,
+through `pruneops.patch`. An answer is right if every word of it is. Intervals are at 95 %: Wilson's for one kind of
+question, whose answers are independent, and over all kinds the normal one of the scenes' means.
+"""
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import pruneops
+from pruneops import methods
+from pruneops.demo import model as embedded
+from pruneops.demo import scenes
+
+KEEPS = 0.5, 0.25, 0.1, 0.05
+SEEDS = 0, 1, 2
+SCENES = 100  # of each seed
+ROWS = 40  # of a batch
+Z = 1.96
+UNPRUNED, FOREGROUND = "unpruned", "foreground"
+LINES = {  # of the baselines and the upper line
+    "random": {"color": "#111111", "ls": "--"},
+    "uniform": {"color": "#777777", "ls": "--"},
+    FOREGROUND: {"color": "#c99700", "ls": ":"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreground(methods.Method):
+    """The upper line: it knows where the digits are, and keeps tokens of each in turn, then others at random.
+
+    Parameters
+    ----------
+    keep : float
+        Share of the tokens.
+    owners : sequence of array [ROW, ROW]
+        `Scene.owner` of every row of the batch, which are asked in their order.
+    """
+
+    keep: float
+    owners: tuple = ()
+    rows: list = field(default_factory=list)
+
+    @property
+    def after_projector(self):
+        return True
+
+    def budget(self, tokens):
+        return max(1, round(self.keep * tokens))
+
+    def select_each(self, images):
+        owner = self.owners[len(self.rows)].ravel()
+        self.rows.append(owner)
+        rng = np.random.default_rng(len(self.rows))
+        ranks = [rng.permutation(np.flatnonzero(owner == i)) for i in range(owner.max() + 1)]
+        turns = [own[turn] for turn in range(max(map(len, ranks), default=0)) for own in ranks if turn < len(own)]
+        order = np.concatenate([turns, rng.permutation(np.flatnonzero(owner < 0))]).astype(np.int64)
+        return [torch.from_numpy(np.sort(order[: self.budget(len(owner))]))]
+
+
+METHODS = {  # of the budget, the owners of a batch's rows, its number; VTW has no budget: it is a part of the layers
+    "todre": lambda keep, *_: methods.ToDRE(keep=keep),
+    "dart": lambda keep, *_: methods.DART(keep=keep),
+    "fastv": lambda keep, *_: methods.FastV(keep=keep),
+    "vtw": lambda keep, *_: methods.VTW(layer=max(1, round(keep * embedded.LAYERS))),
+    "divprune": lambda keep, *_: methods.DivPrune(keep=keep),
+    "fastervlm": lambda keep, *_: methods.FasterVLM(keep=keep),
+    "random": lambda keep, _, batch: methods.Random(keep=keep, seed=batch),
+    "uniform": lambda keep, *_: methods.Uniform(keep=keep),
+    FOREGROUND: lambda keep, owners, _: Foreground(keep=keep, owners=owners),
+}
+
+
+@dataclass
+class Asked:
+    """A question about a scene, by number."""
+
+    scene: int
+    kind: str
+    text: str
+    answer: str
+
+
+def questions_of(seed, count):
+    """(scenes, questions): of every test scene one question of each kind."""
+    seen, asked = [scenes.scene("test", seed, number) for number in range(count)], []
+    for number, scene in enumerate(seen):
+        rng = np.random.default_rng([seed, number, 11])
+        found = scenes.questions(scene.objects, rng)
+        for kind in scenes.KINDS:
+            own = [question for question in found if question.kind == kind]
+            question = own[rng.integers(len(own))]
+            asked.append(Asked(number, kind, question.text, question.answer))
+    return seen, asked
+
+
+def right(model, seen, asked, build=None, rows=ROWS):
+    """(flags of the right answers, visual tokens of a question as a mean over the decoder's layers)."""
+    flags, tokens = [], []
+    for start in range(0, len(asked), rows):
+        part = asked[start : start + rows]
+        pixels = torch.from_numpy(np.stack([seen[question.scene].pixels for question in part]))
+        texts = [question.text for question in part]
+        if build is None:
+            answers = embedded.ask(model, pixels, texts)
+            tokens.append(scenes.ROW**2)
+        else:
+            owners = tuple(seen[question.scene].owner for question in part)
+            with pruneops.patch(model, build(owners, start // rows)) as handle:
+                answers = embedded.ask(model, pixels, texts)
+            tokens.append(statistics.fmean(handle.stats[-1].totals) / len(part))
+        flags += [answer == question.answer for answer, question in zip(answers, part)]
+    return flags, statistics.fmean(tokens)
+
+
+def measure(weights, device="cpu", *, chosen=tuple(METHODS), keeps=KEEPS, seeds=SEEDS, count=SCENES):
+    """Rows of the table, pooled over the seeds.
+
+    Parameters
+    ----------
+    weights : Path
+        Folder of the model.
+    device : str
+        On "cpu" every core has a process of its own.
+    chosen : sequence of str
+        Of METHODS.
+    keeps : sequence of float
+    seeds : sequence of int
+    count : int
+        Scenes of each seed.
+
+    Returns
+    -------
+    list of dict
+        method, keep, kind ("all" is the mean of the kinds), accuracy, low, high, by_seed (accuracy, low and high of
+        each), asked, tokens.
+    """
+    settings = [(UNPRUNED, 1.0), *itertools.product(chosen, keeps)]
+    jobs = [(name, keep, seed, count) for name, keep in settings for seed in seeds]
+    with workers(weights, device) as each:
+        found = list(tqdm(each(answer, jobs), "quality", len(jobs), unit=" runs", disable=None))
+    rows = []
+    for i, (name, keep) in enumerate(settings):
+        own = found[i * len(seeds) : (i + 1) * len(seeds)]
+        flags = np.array([flags for flags, _ in own]).reshape(len(seeds), count, len(scenes.KINDS))
+        tokens = round(statistics.fmean(tokens for _, tokens in own), 2)
+        rows += [{"method": name, "keep": keep, **row, "tokens": tokens} for row in summary(flags)]
+    return rows
+
+
+@contextlib.contextmanager
+def workers(weights, device):
+    """A `map` whose calls find the model: over processes of one thread each on a CPU, here on a GPU."""
+    if device != "cpu":
+        start(weights, device)
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, start, (weights, device)) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def start(weights, device):
+    """Load the model, once a process; an interrupt is for the parent."""
+    global model
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
+    model = embedded.load(device, weights)
+
+
+def answer(job):
+    """`right` of a method's name, budget, seed and number of scenes."""
+    name, keep, seed, count = job
+    build = None if name == UNPRUNED else lambda *batch: METHODS[name](keep, *batch)
+    return right(model, *questions_of(seed, count), build)
+
+
+def summary(flags):
+    """A row for each kind and one for all of flags [seeds, scenes, kinds]."""
+    rows = []
+    for i, kind in enumerate((*scenes.KINDS, "all")):
+        own = flags.mean(2) if kind == "all" else flags[..., i]
+        interval = around if kind == "all" else wilson
+        accuracy, low, high = interval(own)
+        asked = int(flags.size if kind == "all" else own.size)
+        by_seed = [interval(each) for each in own]
+        rows.append({"kind": kind, "accuracy": accuracy, "low": low, "high": high, "by_seed": by_seed, "asked": asked})
+    return rows
+
+
+def wilson(flags):
+    """(share, low, high) of independent flags."""
+    asked, share, spread = flags.size, flags.mean(), Z * Z / flags.size
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / asked + spread / (4 * asked)) / (1 + spread)
+    return rounded(share, middle - half, middle + half)
+
+
+def around(means):
+    """(mean, low, high) of scenes' means."""
+    half = Z * means.std(ddof=1) / math.sqrt(means.size) if means.size > 1 else 1.0
+    return rounded(means.mean(), means.mean() - half, means.mean() + half)
+
+
+def rounded(*shares):
+    return [round(min(1.0, max(0.0, float(share))), 4) for share in shares]
+
+
+def text(rows, kind="all"):
+    """The table of one kind: methods down, budgets across."""
+    keeps = sorted({row["keep"] for row in rows if row["method"] != UNPRUNED}, reverse=True)
+    found = {(row["method"], row["keep"]): row for row in rows if row["kind"] == kind}
+    unpruned = found[UNPRUNED, 1.0]
+    lines = [f"{'right answers, ' + kind:24}" + "".join(f"{f'{keep:.0%}':>15}" for keep in keeps)]
+    for name in dict.fromkeys(name for name, _ in found if name != UNPRUNED):
+        lines.append(f"{name:24}" + "".join(f"{cell(found[name, keep]):>15}" for keep in keeps))
+    return "\n".join([*lines, f"{UNPRUNED:24}{cell(unpruned):>15}"])
+
+
+def cell(row):
+    return f"{row['accuracy']:.1%} ±{(row['high'] - row['low']) / 2:.1%}"
+
+
+def plot(rows, picture):
+    """Curves: right answers over the budget, a panel for all and for each kind."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in dict.fromkeys(row["method"] for row in rows) if name != UNPRUNED]
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    for axes, kind in zip(panels, ("all", *scenes.KINDS)):
+        own = [row for row in rows if row["kind"] == kind]
+        for i, name in enumerate(names):
+            line = sorted(
+                (row["keep"], row["accuracy"], row["low"], row["high"]) for row in own if row["method"] == name
+            )
+            keep, accuracy, low, high = zip(*line)
+            style = LINES.get(name, {"color": f"C{i}"})
+            axes.plot(keep, accuracy, marker="o", ms=4, label=name, **style)
+            axes.fill_between(keep, low, high, alpha=0.12, color=style["color"], lw=0)
+        (whole,) = (row for row in own if row["method"] == UNPRUNED)
+        axes.axhline(whole["accuracy"], color="k", lw=1, label=UNPRUNED)
+        axes.set(title=kind, xscale="log", ylim=(0, 1.02))
+        axes.set_xticks(sorted({row["keep"] for row in own if row["method"] != UNPRUNED}))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.supxlabel("visual tokens kept")
+    figure.supylabel("right answers")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(picture, dpi=90)
