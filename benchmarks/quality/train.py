@@ -62,8 +62,10 @@ def train(folder, *, steps=None, seed=0, device="cpu", workers=1, restart=False)
         for stage in run.steps:
             run.stage(stage)
     except KeyboardInterrupt:
-        run.save()
-        print(f"interrupted; the same command goes on from {run.checkpoint}")
+        if run.whole:
+            run.save()
+        if run.checkpoint.exists():
+            print(f"interrupted; the same command goes on from {run.checkpoint}")
         raise
     run.save()
     plot(folder / "loss.csv", folder / "loss.png")
@@ -79,6 +81,7 @@ class Run:
         torch.manual_seed(seed)
         self.folder, self.steps, self.seed, self.device, self.workers = folder, steps, seed, device, workers
         self.checkpoint, self.done, self.rows, self.seconds = folder / "checkpoint.pt", dict.fromkeys(steps, 0), [], 0.0
+        self.whole = True  # no step is half taken
         self.model = LlavaForConditionalGeneration(embedded.configuration())
         self.tower = self.model.model.vision_tower
         self.heads = Heads(self.model.config.vision_config.hidden_size)
@@ -104,8 +107,12 @@ class Run:
             rate(self.optimizers[stage], self.done[stage], count)
             step = self.tower_loss if tower else self.questions_loss
             loss, right = step(pixels.to(self.device), *(label.to(self.device) for label in labels))
-            descend(self.optimizers[stage], loss)
+            gradients(self.optimizers[stage], loss)
+            self.whole = False
+            for optimizer in self.optimizers[stage]:
+                optimizer.step()
             self.done[stage] += 1
+            self.whole = True
             self.seconds, last = self.seconds + time.monotonic() - last, time.monotonic()
             now = loss.item(), right.item()
             recent = now if recent is None else [0.98 * old + 0.02 * new for old, new in zip(recent, now)]
@@ -124,9 +131,8 @@ class Run:
         with torch.no_grad():
             seen = self.tower(embedded.normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
         share = 1.0 if torch.rand(()) < 0.15 else torch.empty(()).uniform_(0.04, 0.5).item()
-        return answers_loss(
-            self.model, self.model.model.multi_modal_projector(seen), kept_tokens(len(seen), share), text
-        )
+        features = self.model.model.multi_modal_projector(seen)
+        return answers_loss(self.model, features, kept_tokens(len(seen), share), text)
 
     def state(self):
         return {
@@ -279,13 +285,13 @@ def rate(own, step, steps):
             group["lr"] = part * full
 
 
-def descend(own, loss):
+def gradients(own, loss):
+    """Those of a loss, clipped for each optimizer."""
     for optimizer in own:
         optimizer.zero_grad()
     loss.backward()
     for optimizer in own:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        optimizer.step()
 
 
 def kept_tokens(batch, share):
