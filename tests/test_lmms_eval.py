@@ -80,7 +80,7 @@ def evaluated(folder):
 @pytest.fixture(scope="module")
 def ours():
     """The model and its processor, not through the harness."""
-    return embedded.load()
+    return embedded.load(), embedded.processor()
 
 
 def samples(results):
