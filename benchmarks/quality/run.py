@@ -23,6 +23,7 @@ import pruneops
 from pruneops import methods
 from pruneops.demo import model as embedded
 from pruneops.demo import scenes
+from pruneops.methods._base import Budgeted
 
 KEEPS = 0.5, 0.25, 0.1, 0.05
 SEEDS = 0, 1, 2
@@ -38,27 +39,22 @@ LINES = {  # of the baselines and the upper line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreground(methods.Method):
+class Foreground(Budgeted):
     """The upper line: it knows where the digits are, and keeps tokens of each in turn, then others at random.
 
     Parameters
     ----------
-    keep : float
-        Share of the tokens.
+    keep : float or int
     owners : sequence of array [ROW, ROW]
         `Scene.owner` of every row of the batch, which are asked in their order.
     """
 
-    keep: float
     owners: tuple = ()
     rows: list = field(default_factory=list)
 
     @property
     def after_projector(self):
         return True
-
-    def budget(self, tokens):
-        return max(1, round(self.keep * tokens))
 
     def select_each(self, images):
         owner = self.owners[len(self.rows)].ravel()
@@ -83,26 +79,15 @@ METHODS = {  # of the budget, the owners of a batch's rows, its number; VTW has 
 }
 
 
-@dataclass
-class Asked:
-    """A question about a scene, by number."""
-
-    scene: int
-    kind: str
-    text: str
-    answer: str
-
-
 def questions_of(seed, count):
-    """(scenes, questions): of every test scene one question of each kind."""
+    """(scenes, [(number of a scene, Question)]): of every test scene one question of each kind."""
     seen, asked = [scenes.scene("test", seed, number) for number in range(count)], []
     for number, scene in enumerate(seen):
         rng = np.random.default_rng([seed, number, 11])
         found = scenes.questions(scene.objects, rng)
         for kind in scenes.KINDS:
             own = [question for question in found if question.kind == kind]
-            question = own[rng.integers(len(own))]
-            asked.append(Asked(number, kind, question.text, question.answer))
+            asked.append((number, own[rng.integers(len(own))]))
     return seen, asked
 
 
@@ -111,17 +96,17 @@ def right(model, seen, asked, build=None, rows=ROWS):
     flags, tokens = [], []
     for start in range(0, len(asked), rows):
         part = asked[start : start + rows]
-        pixels = torch.from_numpy(np.stack([seen[question.scene].pixels for question in part]))
-        texts = [question.text for question in part]
+        pixels = torch.from_numpy(np.stack([seen[number].pixels for number, _ in part]))
+        texts = [question.text for _, question in part]
         if build is None:
             answers = embedded.ask(model, pixels, texts)
             tokens.append(scenes.ROW**2)
         else:
-            owners = tuple(seen[question.scene].owner for question in part)
+            owners = tuple(seen[number].owner for number, _ in part)
             with pruneops.patch(model, build(owners, start // rows)) as handle:
                 answers = embedded.ask(model, pixels, texts)
             tokens.append(statistics.fmean(handle.stats[-1].totals) / len(part))
-        flags += [answer == question.answer for answer, question in zip(answers, part)]
+        flags += [answer == question.answer for answer, (_, question) in zip(answers, part)]
     return flags, statistics.fmean(tokens)
 
 
