@@ -121,7 +121,7 @@ def test_exact_bits(target, dtype, place):
 
 
 @every_backend
-@pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 192, 256, 576, 577])
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 192, 256, 576, 577, 3000])
 def test_exact_widths(target, width):
     cache = any_bits((1, 2, 30, width), torch.bfloat16)
     keep = ascending((1, 2), 20, 30, torch.Generator().manual_seed(width))
@@ -147,6 +147,19 @@ def test_many_tiles(target, place, share):
         assert_same_bits(call(target, "kv_compact", caches, keep, lengths=lengths), truth)
         expected = compact_in_place(REFERENCE, caches, keep, lengths)
         assert_same_bits(compact_in_place(target, caches, keep, lengths), expected)
+
+
+@on(NATIVE)
+def test_results_larger_than_caches_of_a_processor(target):
+    """Such are written past them where they are aligned, in whole lines and in parts of lines."""
+    forms = [(128, "contiguous"), (24, "contiguous"), (128, "tokens outside"), (128, "off by one"), (20, "off by one")]
+    caches = [PLACES[place](any_bits((2, 8, 2000, D), torch.bfloat16, D)) for D, place in forms]
+    keep = ascending((2, 8), 1500, 2000, torch.Generator().manual_seed(4))
+    for lengths in (None, torch.tensor([1493, 0])):
+        results = call(target, "kv_compact", caches, keep, lengths=lengths)
+        assert sum(result.nbytes for result in results) > 1 << 24
+        with pruneops.backend("reference"):
+            assert_same_bits(results, pruneops.kv_compact(caches, keep, lengths=lengths))
 
 
 @every_backend
