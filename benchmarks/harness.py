@@ -18,6 +18,7 @@ from .machine import Clock
 LEAST_TURNS, MOST_TURNS = 3, 100
 # One contender may take this share of a case's time, its two first calls and the fewest turns together.
 LARGEST_SHARE = 0.25
+SHORT = 1e-3  # seconds; on a CPU what a longer call costs beside its work is of no interest
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Contender:
     prepare: object
     seconds: float  # a guess at one run, 0 if it always runs
     precision: torch.dtype
+    backend: str = "auto"  # in force while it is prepared and runs
 
 
 def contenders(operator, case, device, backends, peers, ceilings):
@@ -39,16 +41,16 @@ def contenders(operator, case, device, backends, peers, ceilings):
         variants = {} if name == "reference" else operator.variants(case)
         for words, face in {"": operator.call, **variants}.items():
 
-            def prepare(_, arguments, name=name, face=face):
-                return lambda: _on(name, face, arguments)
+            def prepare(_, arguments, face=face):
+                return lambda: face(arguments)
 
-            def prepare_graph(_, arguments, name=name, face=face):
-                return capture(lambda: _on(name, face, arguments))
+            def prepare_graph(_, arguments, face=face):
+                return capture(lambda: face(arguments))
 
             label = f"{name} {words}".strip()
-            found.append(Contender(label, "backend", prepare, guess, torch.float32))
+            found.append(Contender(label, "backend", prepare, guess, torch.float32, name))
             if device.type == "cuda" and name != "reference":
-                found.append(Contender(f"{label} graph", "backend", prepare_graph, guess, torch.float32))
+                found.append(Contender(f"{label} graph", "backend", prepare_graph, guess, torch.float32, name))
     for name in peers:
         peer = operator.peers[name]
         if device.type in peer.devices:
@@ -89,7 +91,8 @@ def run_case(operator, case, device, found, ceilings, seconds):
     -------
     dict
         Case, counted bytes and operations, floor, and one entry per contender: status "ok",
-        "WRONG", "failed" or "skipped" with its reason, times in seconds, ratios to the peers.
+        "WRONG", "failed" or "skipped" with its reason, times in seconds, ratios to the peers,
+        the host's time for a call of many in a row (on a CPU of short calls only).
     """
     begin = time.monotonic()
     cost, floor = operator.cost(case), ceilings.floor(operator.cost(case), case.dtype)
@@ -105,7 +108,8 @@ def run_case(operator, case, device, found, ceilings, seconds):
         arguments = operator.arguments(case, device)
         expected = None
         if operator.reference_seconds(case, ceilings) <= longest:
-            expected = _on("reference", operator.call, arguments)
+            with pruneops.backend("reference"):
+                expected = operator.call(arguments)
         calls = {}
         for contender in waiting:
             entry = entries[contender.name]
@@ -114,9 +118,11 @@ def run_case(operator, case, device, found, ceilings, seconds):
                 continue
             call = _try(operator, case, device, arguments, expected, contender, entry)
             if call:
-                calls[contender.name] = call
+                calls[contender.name] = contender.backend, call
         for name, times in take_turns(calls, Clock(device), seconds - (time.monotonic() - begin)).items():
             entries[name] |= summary(times, floor)
+            if device.type == "cuda" or entries[name]["median_s"] < SHORT:
+                entries[name]["host_s"] = host_seconds(*calls[name], device)
     _compare(entries)
     return {
         "name": case.name,
@@ -131,15 +137,30 @@ def run_case(operator, case, device, found, ceilings, seconds):
 
 
 def take_turns(calls, clock, seconds):
-    """Times [turns] of every call, one call of each per turn, for about `seconds`, at least 3 turns."""
+    """Times [turns] of every (backend, call), one call of each per turn, for about `seconds`, at least 3 turns."""
     times = {name: [] for name in calls}
     end, turns, longest = time.monotonic() + seconds, 0, 0.0
     while calls and (turns < LEAST_TURNS or (turns < MOST_TURNS and time.monotonic() + longest < end)):
         begin = time.monotonic()
-        for name, call in calls.items():
-            times[name].append(clock(call))
+        for name, (backend, call) in calls.items():
+            with pruneops.backend(backend):
+                times[name].append(clock(call))
         longest, turns = max(longest, time.monotonic() - begin), turns + 1
     return times
+
+
+def host_seconds(backend, call, device, blocks=15, calls=20):
+    """Time that the host takes for one of many calls in a row, while a GPU works or, on a CPU, work included."""
+    times = []
+    with pruneops.backend(backend):
+        for _ in range(blocks):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            times.append((time.perf_counter() - begin) / calls)
+    return statistics.median(times)
 
 
 def summary(times, floor):
@@ -155,19 +176,15 @@ def summary(times, floor):
     }
 
 
-def _on(backend, call, arguments):
-    with pruneops.backend(backend):
-        return call(arguments)
-
-
 def _try(operator, case, device, arguments, expected, contender, entry):
     """Prepare and check a contender; returns what is timed, None if it failed, and fills its entry."""
     begin = time.monotonic()
     try:
         memory = _Memory(device)
-        call = contender.prepare(case, arguments)
-        call()
-        result = call()
+        with pruneops.backend(contender.backend):
+            call = contender.prepare(case, arguments)
+            call()
+            result = call()
         entry["extra_bytes"] = memory.peak()
         checked = operator.check(case, arguments, result, expected, contender.precision)
     except Exception as error:

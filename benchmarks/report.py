@@ -14,7 +14,8 @@ def rows(document):
     peers = [peer for peer in document["peers"] if any(_ratio(c, peer) for _, c in _contenders(document))]
     cuda = any(c.get("extra_bytes") is not None for _, c in _contenders(document))
     header = ["shape", "implementation", "time (20-80 %)", "result", "bytes", "operations", "floor", "% of floor"]
-    header += ["extra memory"] * cuda + [f"vs {peer}" for peer in peers]
+    hosts = any("host_s" in entry for _, entry in _contenders(document))
+    header += ["extra memory"] * cuda + ["host, in a row"] * hosts + [f"vs {peer}" for peer in peers]
     table = []
     for case, entry in _contenders(document):
         row = [case["shape"], entry["name"]]
@@ -26,6 +27,7 @@ def rows(document):
             row += [spread, entry["reason"], quantity(case["bytes"], "B"), quantity(case["operations"], "op")]
             row += [time(case["floor_s"]), percent(entry["of_floor"]) if timed else "-"]
             row += [quantity(entry["extra_bytes"] or 0, "B")] * cuda
+            row += [time(entry["host_s"]) if "host_s" in entry else "-"] * hosts
             row += [speed(_ratio(entry, peer)) for peer in peers]
         table.append(row)
     return header, table
@@ -72,6 +74,8 @@ def notes(document):
         )
         lines.append(f"floor: the longer of the two at the rates of this run: {', '.join(rates)}")
         lines.append(f"% of floor: floor / time, 100 % is as fast as memory or products go; {_caches(document)}")
+    if any("host_s" in entry for _, entry in _contenders(document)):
+        lines.append("host, in a row: time of the host for one of many calls of the same, without turns")
     lines += [f"{name} not run: {reason}" for name, reason in document["unavailable"].items()]
     if not document["complete"]:
         lines.append("INCOMPLETE: the run was interrupted")

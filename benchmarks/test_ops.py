@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pruneops
 from pruneops import backends
 
 from . import harness, registry
@@ -24,15 +25,16 @@ def _contenders():
 
 @pytest.mark.parametrize("operator, case, contender", list(_contenders()))
 def test_operator(benchmark, operator, case, contender):
-    arguments = operator.arguments(case, DEVICE)
-    call = contender.prepare(case, arguments)
-    checked = operator.check(case, arguments, call(), None, contender.precision)
-    assert checked.right, checked.words
-    benchmark.group = f"{operator.name} {case.shape}"
+    with pruneops.backend(contender.backend):
+        arguments = operator.arguments(case, DEVICE)
+        call = contender.prepare(case, arguments)
+        checked = operator.check(case, arguments, call(), None, contender.precision)
+        assert checked.right, checked.words
+        benchmark.group = f"{operator.name} {case.shape}"
 
-    def finish():
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        def finish():
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
 
-    benchmark(finish)
+        benchmark(finish)

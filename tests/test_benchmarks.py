@@ -80,8 +80,19 @@ def test_table_and_json_hold_everything(tmp_path, capsys):
     for entry in case["contenders"]:
         assert entry["status"] == "ok" and len(entry["times_s"]) >= harness.LEAST_TURNS
         assert entry["p20_s"] <= entry["median_s"] <= entry["p80_s"]
+        assert ("host_s" in entry) == (entry["median_s"] < harness.SHORT)
         assert entry["check"]["agree_with_reference"] == entry["check"]["choices"] == 10
         assert set(entry["ratios"]) == {"loop", "loop_item", "n_by_n"} - {entry["name"]}
+
+
+def test_host_time_is_that_of_one_call():
+    calls = []
+
+    def call():
+        calls.append(time.sleep(1e-3))
+
+    assert 1e-3 <= harness.host_seconds("auto", call, torch.device("cpu"), blocks=3, calls=5) < 1
+    assert len(calls) == 15
 
 
 def test_floor_is_reads_and_copies_or_operations():
@@ -304,9 +315,10 @@ def test_a_peer_that_compiles_too_long_costs_later_peers_alone():
 
 def test_turns_alternate():
     order = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    backends = dict(zip("abc", ["reference", "auto", "cuda"]))
+    calls = {n: (b, lambda n=n: order.append((n, pruneops.backends._forced.get()))) for n, b in backends.items()}
     times = harness.take_turns(calls, machine.Clock(CPU), 0)
-    assert order == list("abc") * harness.LEAST_TURNS
+    assert order == list(backends.items()) * harness.LEAST_TURNS
     assert all(len(t) == harness.LEAST_TURNS for t in times.values())
 
 

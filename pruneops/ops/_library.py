@@ -8,6 +8,7 @@ import torch
 from .. import backends
 
 _library = torch.library.Library("pruneops", "DEF")
+_native = torch.library.Library("pruneops_native", "IMPL")  # C++ and CUDA kernels under the names of their operators
 OPERATORS = {}  # name -> backends that have it
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,8 +39,8 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
     implementations : dict
         Backend name -> function of the operator's arguments.
     own_checks : tuple of str
-        Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched; `check` is
-        called to say what is wrong then, and saves its time otherwise.
+        Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched, and use no
+        operator of PyTorch's; `check` is called to say what is wrong then, and saves its time otherwise.
     gradient : (backward, setup_context), optional
         For `torch.library.register_autograd`; without it the operator has no gradient.
     """
@@ -48,24 +49,25 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
     OPERATORS[name] = tuple(implementations)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-    @torch.no_grad()
     def run(*args, **kwargs):
         # of operators on lists of tensors, the second argument is a tensor
         device = (args[0] if isinstance(args[0], torch.Tensor) else args[1]).device
         try:
             chosen = backends.choose(device.type, name, implementations)
-            if chosen in own_checks and not debugging():
+            if chosen in own_checks and (chosen == "cpu" or not debugging()):
                 return implementations[chosen](*args, **kwargs)
         except RuntimeError:  # a bad argument comes first
             check(*args, **kwargs)
             raise
-        check(*args, **kwargs)
-        return implementations[chosen](*args, **kwargs)
+        with torch.no_grad():
+            check(*args, **kwargs)
+            return implementations[chosen](*args, **kwargs)
 
     def run_fake(*args, **kwargs):
         check(*args, **kwargs)
         return fake(*args, **kwargs)
 
+    _native.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(qualified, run_fake, lib=_library)
