@@ -109,7 +109,9 @@ def run(options):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        machine.keep_freed_memory()
+        argv = sys.argv[1:]
     if argv[:1] == ["end_to_end"]:
         from . import end_to_end
 

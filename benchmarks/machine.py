@@ -1,5 +1,6 @@
 """What a run was measured on, and the rates that floors are made of."""
 
+import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -64,6 +65,20 @@ class Clock:
         return self.start.elapsed_time(self.end) / 1e3
 
 
+_memory = {"freed": "as usual"}
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed, for the rest of the process.
+
+    Large results are else given back and faulted in anew now and then, which one contender pays for another.
+    """
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    if platform.libc_ver()[0] == "glibc":
+        glibc = ctypes.CDLL(None)
+        _memory["freed"] = "kept" if glibc.mallopt(trim_threshold, -1) and glibc.mallopt(mmap_max, 0) else "as usual"
+
+
 def ceilings(device, dtypes):
     """Measure the rates; products are square, of random values.
 
@@ -119,6 +134,7 @@ def facts(device):
             "threads": torch.get_num_threads(),
             "cache_bytes": _largest_cache(),
             "platform": platform.platform(),
+            "freed_memory": _memory["freed"],
         }
         | (_gpu(device) if device.type == "cuda" else {}),
         "versions": {

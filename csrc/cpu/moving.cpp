@@ -12,11 +12,10 @@
 
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "cpu/threads.h"
+
+#define PRUNEOPS_KERNEL "cpu/moving_kernel.h"
+#include "cpu/foreach_target.h"
 
 namespace pruneops {
 namespace {
@@ -80,7 +79,14 @@ class Route {
   int64_t bytes_;
 };
 
-// How a token is copied: few bytes, any, or units of 16 past the caches. Source and target never overlap.
+// Whether every token of a job's target is a number of whole lines.
+bool in_lines(const Form& form, const Job& job) {
+  uint64_t bits = uint64_t(form.width) | uint64_t(form.to_token) | reinterpret_cast<uintptr_t>(job.to);
+  for (int i = 0; i < form.rank; ++i) bits |= uint64_t(form.dims[i].to);
+  return bits % kLine == 0;
+}
+
+// How a token is copied: so many bytes, any number, or whole lines past the caches. It never overlaps with its place.
 template <int64_t kBytes>
 struct Few {
   void operator()(char* to, const char* from) const { std::memcpy(to, from, kBytes); }
@@ -88,36 +94,19 @@ struct Few {
 
 struct Any {
   int64_t bytes;
-
-  void operator()(char* to, const char* from) const {
-    int64_t byte = 0;
-    if (bytes <= kAskedBytes)  // without a call
-      for (; byte + kLine <= bytes; byte += kLine) std::memcpy(to + byte, from + byte, kLine);
-    if (byte < bytes) std::memcpy(to + byte, from + byte, bytes - byte);
-  }
+  void operator()(char* to, const char* from) const { std::memcpy(to, from, bytes); }
 };
 
-#if defined(__SSE2__)
 struct PastCaches {
   int64_t bytes;
-
-  void operator()(char* to, const char* from) const {
-    const auto* source = reinterpret_cast<const __m128i*>(from);
-    auto* target = reinterpret_cast<__m128i*>(to);
-    const int64_t units = bytes / 16;
-    int64_t i = 0;
-    for (; i + 4 <= units; i += 4) {  // a line
-      const __m128i a = source[i], b = source[i + 1], c = source[i + 2], d = source[i + 3];
-      _mm_stream_si128(target + i, a), _mm_stream_si128(target + i + 1, b);
-      _mm_stream_si128(target + i + 2, c), _mm_stream_si128(target + i + 3, d);
-    }
-    for (; i < units; ++i) _mm_stream_si128(target + i, source[i]);
-  }
-  ~PastCaches() { _mm_sfence(); }  // before other threads read
-};
-#else
-using PastCaches = Any;
+  void (*copy)(char*, const char*, int64_t) = PRUNEOPS_DISPATCH(copy_past_caches);
+  void operator()(char* to, const char* from) const { copy(to, from, bytes); }
+  ~PastCaches() {
+#if defined(__x86_64__)
+    _mm_sfence();  // before other threads read
 #endif
+  }
+};
 
 // Tokens first..last, in groups: while one is moved the next is on its way.
 template <class Copy>
@@ -152,7 +141,7 @@ void run_task(const Plan& plan, const Task& task, bool past_caches) {
     case 16: move_tokens(route, first, last, Few<16>{}); break;
     case 32: move_tokens(route, first, last, Few<32>{}); break;
     default:
-      if (past_caches && unit_of(plan.forms[task.job->form], *task.job) == 16)
+      if (past_caches && in_lines(plan.forms[task.job->form], *task.job))
         move_tokens(route, first, last, PastCaches{bytes});
       else
         move_tokens(route, first, last, Any{bytes});

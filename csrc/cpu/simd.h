@@ -24,6 +24,19 @@ PRUNEOPS_INLINE Vec broadcast(float value) { return Vec{} + value; }
 
 PRUNEOPS_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(Vec)); }
 
+// Past the caches, where the machine can; `to` is aligned to a vector. A fence must come before others read.
+PRUNEOPS_INLINE void stream(float* to, Vec value) {
+#if PRUNEOPS_LANES == 16
+  _mm512_stream_ps(to, (__m512)value);
+#elif PRUNEOPS_LANES == 8
+  _mm256_stream_ps(to, (__m256)value);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)value);
+#else
+  store(to, value);
+#endif
+}
+
 PRUNEOPS_INLINE Vec load(const float* from) {
   Vec value;
   __builtin_memcpy(&value, from, sizeof(Vec));

@@ -150,8 +150,8 @@ def test_many_tiles(target, place, share):
 
 
 @on(NATIVE)
-def test_results_larger_than_caches_of_a_processor(target):
-    """Such are written past them where they are aligned, in whole lines and in parts of lines."""
+def test_exact_results_larger_than_caches(target):
+    """Such are written past the caches of a processor where tokens are whole lines, as not all are."""
     forms = [(128, "contiguous"), (24, "contiguous"), (128, "tokens outside"), (128, "off by one"), (20, "off by one")]
     caches = [PLACES[place](any_bits((2, 8, 2000, D), torch.bfloat16, D)) for D, place in forms]
     keep = ascending((2, 8), 1500, 2000, torch.Generator().manual_seed(4))
