@@ -2,8 +2,9 @@
 //
 // Cost: bytes kept, read once and written once. Where kept tokens are few and far apart nothing but a prefetch sees the
 // next one coming, and all of its lines need one: without any, tokens of 256 bytes come at half the rate of a plain
-// copy. They are asked for in groups, because a processor that waits for one token looks only a few tokens further.
-// Stores past the caches spare reading what they overwrite: a quarter of the time in large results.
+// copy. They are asked for in groups, because a processor that waits for one token looks only a few tokens further, and
+// before that each one's first line alone, for its page to be looked up (a tenth of the time). Stores past the caches
+// spare reading what they overwrite: a quarter of the time in large results.
 //
 // In place a task owns a lane, or some bytes of each of its tokens, and goes through it upwards: positions ascend, so no
 // token is overwritten before it is read. Tasks share nothing; the order of threads changes no byte.
@@ -24,6 +25,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTaskBytes = 1 << 18;   // about what a task moves where it can be divided
 constexpr int64_t kGroup = 16;            // tokens asked for together, a group before they are moved
+constexpr int64_t kPageAhead = 64;        // and their pages so many tokens before that
 constexpr int64_t kPastCaches = 1 << 24;  // results of so many bytes would drive more useful ones out of the caches
 constexpr int64_t kLine = 64;
 constexpr int64_t kAskedBytes = 16 * kLine;  // of a token; the rest comes by itself
@@ -117,6 +119,7 @@ void move_tokens(const Route& route, int64_t first, int64_t last, const Copy& co
     for (int64_t r = begin; r < std::min(begin + kGroup, last); ++r) {
       const char* token = from[r % (2 * kGroup)] = route.from(r);
       for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(token + byte, 0, 2);
+      if (r + kPageAhead < last) __builtin_prefetch(route.from(r + kPageAhead), 0, 2);
     }
   };
   ask(first);
