@@ -101,35 +101,38 @@ def expect_type(op, **arguments):
     Each argument is a pair (value, type or tuple of types).
     """
     for argument, (value, types) in arguments.items():
-        names = getattr(types, "__name__", None) or " or ".join(t.__name__ for t in types)
-        expect(isinstance(value, types), op, argument, type(value).__name__, names, ArgumentTypeError)
+        if not isinstance(value, types):
+            names = getattr(types, "__name__", None) or " or ".join(t.__name__ for t in types)
+            expect(False, op, argument, type(value).__name__, names, ArgumentTypeError)
+
+
+# These two look at every call's arguments; words cost more than looking, so they are found when something is wrong.
 
 
 def expect_floats(op, argument, tensor, ranks, last="feature"):
     """A tensor of scores or features: rank, dtype, and something in its last dimension."""
-    expect(
-        tensor.dim() in ranks,
-        op,
-        argument,
-        f"of shape {list(tensor.shape)}",
-        f"of rank {' or '.join(map(str, ranks))}",
-    )
-    names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-    expect(tensor.dtype in DTYPES, op, argument, tensor.dtype, f"one of {names}", ArgumentTypeError)
-    expect(tensor.shape[-1] > 0, op, argument, f"of shape {list(tensor.shape)}", f"at least one {last} wide")
+    if tensor.dim() not in ranks:
+        expect(False, op, argument, f"of shape {list(tensor.shape)}", f"of rank {' or '.join(map(str, ranks))}")
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        expect(False, op, argument, tensor.dtype, f"one of {names}", ArgumentTypeError)
+    if tensor.shape[-1] == 0:
+        expect(False, op, argument, f"of shape {list(tensor.shape)}", f"at least one {last} wide")
 
 
 def expect_companion(op, argument, tensor, main, dtypes, shape, free="P"):
     """A tensor beside the main one, `main` = (name, tensor); `shape` holds None where any size is allowed, whose names
     are those in `free`."""
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    expect(tensor.dtype in dtypes, op, argument, tensor.dtype, names, ArgumentTypeError)
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        expect(False, op, argument, tensor.dtype, names, ArgumentTypeError)
     device = main[1].device
-    expect(tensor.device == device, op, argument, f"on {tensor.device}", f"on the device of {main[0]}, {device}")
-    fits = tensor.dim() == len(shape) and all(want in (None, have) for have, want in zip(tensor.shape, shape))
-    names_of_free = iter(free.split(", "))
-    wanted = ", ".join(next(names_of_free) if size is None else str(size) for size in shape)
-    expect(fits, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
+    if tensor.device != device:
+        expect(False, op, argument, f"on {tensor.device}", f"on the device of {main[0]}, {device}")
+    if tensor.dim() != len(shape) or any(w is not None and w != have for w, have in zip(shape, tensor.shape)):
+        names = iter(free.split(", "))
+        wanted = ", ".join(next(names) if size is None else str(size) for size in shape)
+        expect(False, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
 
 
 def expect_bounds(op, bounds, total):
@@ -143,7 +146,7 @@ def expect_bounds(op, bounds, total):
 def expect_indices(op, argument, indices, start, end):
     """All values in [start, end)."""
     if indices.numel():
-        low, high = int(indices.min()), int(indices.max())
+        low, high = (int(extreme) for extreme in indices.aminmax())
         outside = low if low < start else high
         expect(start <= low and high < end, op, argument, f"{outside} at one place", f"in [{start}, {end})")
 
