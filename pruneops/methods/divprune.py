@@ -1,6 +1,6 @@
 """DivPrune: the tokens with the greatest least distance between any two, greedily.
 
-The start costs 2 n^2 D operations in blocks of rows, the rest is `pruneops.kcenter`: k steps over n tokens.
+The start costs n^2 D operations in blocks of rows, each pair of tokens once, the rest is `pruneops.kcenter`: k steps over n tokens.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from ..ops import kcenter
 from ._base import Budgeted, check_features
 
-BLOCK = 2**22  # similarities held at a time
+BLOCK = 2**20  # similarities held at a time
 # As in `kcenter`: a squared norm below counts as a zero vector, one above, or NaN, as not finite.
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny
 LARGEST_SQUARE = torch.finfo(torch.float32).max / 4
@@ -58,7 +58,7 @@ def divprune_start(features):
 
     Notes
     -----
-    Memory: a float32 copy of one image's tokens and 2^22 similarities, or one row if that is longer.
+    Memory: a float32 copy of one image's tokens and 2^20 similarities, or one row if that is longer.
     """
     check_features("methods.divprune_start", features, 1)
     if features.dim() == 3:  # one by one, so that a batch answers as its rows do
@@ -70,12 +70,15 @@ def divprune_start(features):
     norm = torch.where(square < SMALLEST_SQUARE, torch.inf, square.sqrt())
     x = torch.where(finite[:, None], x / norm[:, None], 0.0)
     n = len(x)
-    rows, nearest = max(1, BLOCK // n), []
-    for first in range(0, n, rows):
-        similarity = x[first : first + rows] @ x.mT
-        similarity.masked_fill_(~finite, -torch.inf).diagonal(first).fill_(-torch.inf)
-        nearest.append(similarity.amax(-1))
-    return torch.where(finite, torch.cat(nearest), torch.inf).argmin(-1)
+    rows, excluded = max(1, BLOCK // n), torch.where(finite, 0.0, -torch.inf)
+    nearest = torch.full_like(square, -torch.inf)
+    for first in range(0, n, rows):  # these tokens with themselves and those after them
+        own, rest = slice(first, first + rows), slice(first, None)
+        similarity = (x[own] @ x[rest].mT).add_(excluded[rest]).add_(excluded[own, None])
+        similarity.fill_diagonal_(-torch.inf)
+        nearest[own] = nearest[own].maximum(similarity.amax(1))
+        nearest[rest] = nearest[rest].maximum(similarity.amax(0))
+    return torch.where(finite, nearest, torch.inf).argmin(-1)
 
 
 def divprune_select(features, k):
