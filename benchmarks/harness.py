@@ -18,7 +18,7 @@ from .machine import Clock
 LEAST_TURNS, MOST_TURNS = 3, 100
 # One contender may take this share of a case's time, its two first calls and the fewest turns together.
 LARGEST_SHARE = 0.25
-SHORT = 1e-3  # seconds; on a CPU what a longer call costs beside its work is of no interest
+SHORT = 1e-3  # seconds; what a longer call costs the host is of no interest
 
 
 @dataclass
@@ -92,7 +92,7 @@ def run_case(operator, case, device, found, ceilings, seconds):
     dict
         Case, counted bytes and operations, floor, and one entry per contender: status "ok",
         "WRONG", "failed" or "skipped" with its reason, times in seconds, ratios to the peers,
-        the host's time for a call of many in a row (on a CPU of short calls only).
+        the host's time for a short call of many in a row.
     """
     begin = time.monotonic()
     cost, floor = operator.cost(case), ceilings.floor(operator.cost(case), case.dtype)
@@ -121,7 +121,7 @@ def run_case(operator, case, device, found, ceilings, seconds):
                 calls[contender.name] = contender.backend, call
         for name, times in take_turns(calls, Clock(device), seconds - (time.monotonic() - begin)).items():
             entries[name] |= summary(times, floor)
-            if device.type == "cuda" or entries[name]["median_s"] < SHORT:
+            if entries[name]["median_s"] < SHORT:
                 entries[name]["host_s"] = host_seconds(*calls[name], device)
     _compare(entries)
     return {
