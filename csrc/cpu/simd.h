@@ -30,7 +30,7 @@ PRUNEOPS_INLINE void stream(float* to, Vec value) {
   _mm512_stream_ps(to, (__m512)value);
 #elif PRUNEOPS_LANES == 8
   _mm256_stream_ps(to, (__m256)value);
-#elif defined(__SSE2__)
+#elif defined(__x86_64__)
   _mm_stream_ps(to, (__m128)value);
 #else
   store(to, value);
