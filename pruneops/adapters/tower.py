@@ -8,15 +8,19 @@ import torch
 
 from ..methods import cls_attention
 
+# Families whose `get_image_features` gives one tensor an image; that of others may give one a tile.
+ONE_EACH = {"llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+
 
 class Tower:
     """What methods may know of images beside their features: attention from [CLS], where a CLIP tower has one.
 
-    The queries and keys of the tower's last layer are remembered from its last run.
+    The queries and keys of the tower's last layer, and how many tokens each image has, are remembered from its last
+    run.
     """
 
     def __init__(self, model):
-        self.model, self.image_sizes, self.seen, self.hooks = model, None, {}, []
+        self.model, self.image_sizes, self.lengths, self.seen, self.hooks = model, None, [], {}, []
         config = getattr(model.config, "vision_config", None)
         self.has_cls = getattr(config, "model_type", None) == "clip_vision_model"
         if self.has_cls:
@@ -24,15 +28,17 @@ class Tower:
             self.heads = config.num_attention_heads
             for name in ("q_proj", "k_proj"):
                 self.hooks.append(getattr(attention, name).register_forward_hook(self._remember(name)))
-        self.base = getattr(model, "model", None) if model.config.model_type == "llava_next" else None
-        if self.base is not None:  # whose tiles are whose: only this method of the model is told
+        self.base = model.base_model if model.config.model_type in ONE_EACH else None
+        if self.base is not None:  # only this method of the model is told which tiles and which features are whose
             encode = self.base.get_image_features
 
             @functools.wraps(encode)
             def get_image_features(*args, **kwargs):
-                sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_sizes")
-                self.image_sizes = sizes
-                return encode(*args, **kwargs)
+                self.image_sizes = inspect.signature(encode).bind(*args, **kwargs).arguments.get("image_sizes")
+                encoded = encode(*args, **kwargs)
+                features = getattr(encoded, "pooler_output", None)
+                self.lengths = [] if features is None else [len(own) for own in features]
+                return encoded
 
             self.base.get_image_features = get_image_features
 
@@ -50,6 +56,26 @@ class Tower:
             self.seen[name] = output.detach()
 
         return hook
+
+    def cut(self, rows):
+        """Runs [(first, last + 1), ..] of visual tokens of every row, cut where one image follows another directly."""
+        lengths, self.lengths = self.lengths, []
+        tokens, total = sum(end - first for row in rows for first, end in row), sum(lengths)
+        if not total or tokens % total or not all(lengths):
+            return rows
+        copies, images, begin, at = tokens // total, [], 0, 0
+        for b, row in enumerate(rows):
+            if b % copies:  # a beam of the row before
+                at = begin
+            begin, own = at, []
+            for first, end in row:
+                while first < end:
+                    if at == len(lengths) or first + lengths[at] > end:
+                        return rows
+                    own.append((first, first + lengths[at]))
+                    first, at = first + lengths[at], at + 1
+            images.append(own)
+        return images
 
     def images(self, sizes):
         """For every row and image a dictionary of `Image`'s optional fields; sizes: tokens of each."""

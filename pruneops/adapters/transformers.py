@@ -107,7 +107,8 @@ def patch(model, method):
     model : PreTrainedModel
         Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 or SmolVLM.
     method : pruneops.methods.Method
-        Images are told apart by the tokens between them: those that follow each other directly count as one.
+        Images are told apart by the tokens between them and, where the model's `get_image_features` gives one tensor
+        an image (all but InternVL, Idefics3 and SmolVLM), by the lengths of those.
 
     Returns
     -------
@@ -373,7 +374,7 @@ class Prefill:
             raise UnsupportedError("pruneops: an attention mask of rank 4 cannot be pruned; pass one of rank 2")
         valid = torch.ones_like(visual) if mask is None else mask.bool()
         index = torch.arange(S, device=embeds.device).expand(B, S)
-        self.spans = [runs(row) for row in (visual & valid).tolist()]  # of images, in the text
+        self.spans = handle.tower.cut([runs(row) for row in (visual & valid).tolist()])  # of images, in the text
         self.sizes = [[end - first for first, end in row] for row in self.spans]
         images = [side_by_side(row) for row in self.sizes]
         self.tokens = Tokens(index, valid, visual & valid, images, bool(valid.all()))

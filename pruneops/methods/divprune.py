@@ -1,6 +1,7 @@
 """DivPrune: the tokens with the greatest least distance between any two, greedily.
 
-The start costs n^2 D operations in blocks of rows, each pair of tokens once, the rest is `pruneops.kcenter`: k steps over n tokens.
+The start costs n^2 D operations in blocks of rows, each pair of tokens once; the rest is `pruneops.kcenter`: k steps
+over n tokens.
 """
 
 from dataclasses import dataclass

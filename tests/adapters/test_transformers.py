@@ -37,8 +37,12 @@ REAL = (
 )
 
 
-def spans_of(inputs):
-    return [runs((row == IMAGE).tolist()) for row in inputs["input_ids"]]
+def spans_of(inputs, tokens=None):
+    """Where images are: runs of image tokens, cut in pieces of so many."""
+    spans = [runs((row == IMAGE).tolist()) for row in inputs["input_ids"]]
+    if tokens is None:
+        return spans
+    return [[(at, at + tokens) for first, end in row for at in range(first, end, tokens)] for row in spans]
 
 
 def generate(model, inputs, steps=STEPS, **options):
@@ -49,10 +53,10 @@ def generate(model, inputs, steps=STEPS, **options):
         )  # fmt: skip
 
 
-def assert_oracle(model, inputs, method, out, steps=STEPS, before=0):
+def assert_oracle(model, inputs, method, out, steps=STEPS, before=0, tokens=None):
     """Logits of every step, to 1e-5 of their size; the unpruned model's are others."""
     generated = out.sequences[:, inputs["input_ids"].shape[1] :]
-    spans = spans_of(inputs)
+    spans = spans_of(inputs, tokens)
     truth = oracle.logits(model, inputs, spans, method, generated)[before:]
     scale = truth.abs().max().clamp(min=1)
     torch.testing.assert_close(torch.stack(out.logits) / scale, truth / scale, rtol=0, atol=1e-5)
@@ -81,6 +85,23 @@ def test_several_images(family, texts):
     with patch(model, method):
         out = generate(model, inputs)
     assert_oracle(model, inputs, method, out)
+
+
+@pytest.mark.parametrize(
+    "texts", [[[2, "image", "image", 4]], [[2, "image", "image", 4], ["image", "image", "image", 1]]]
+)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+def test_images_side_by_side(family, texts):
+    """Nothing stands between them, and yet each has a budget of its own."""
+    model, image = model_of(family)
+    inputs, method = prompts(image, texts), METHODS["all three"]
+    with patch(model, method) as handle:
+        out = generate(model, inputs)
+        beams = generate(model, inputs, num_beams=2)
+    sizes = [[image["tokens"]] * row.count("image") for row in texts]
+    assert [stats.images for stats in handle.stats] == [sizes, [own for own in sizes for _ in range(2)]]
+    assert_oracle(model, inputs, method, out, tokens=image["tokens"])
+    assert beams.sequences.shape == out.sequences.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
