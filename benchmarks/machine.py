@@ -71,7 +71,8 @@ _memory = {"freed": "as usual"}
 def keep_freed_memory():
     """Have glibc keep what is freed, for the rest of the process.
 
-    Large results are else given back and faulted in anew now and then, which one contender pays for another.
+    Large results are else given back and faulted in anew now and then, and one contender pays what another freed. Page
+    faults of a heap that grows remain.
     """
     trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
     if platform.libc_ver()[0] == "glibc":

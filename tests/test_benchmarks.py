@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import platform
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,14 +87,33 @@ def test_table_and_json_hold_everything(tmp_path, capsys):
         assert set(entry["ratios"]) == {"loop", "loop_item", "n_by_n"} - {entry["name"]}
 
 
-def test_host_time_is_that_of_one_call():
-    calls = []
+def test_host_time_is_that_of_one_call(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def call():
-        calls.append(time.sleep(1e-3))
+        calls.append(pruneops.backends._forced.get())
+        now[0] += 0.25
 
-    assert 1e-3 <= harness.host_seconds("auto", call, torch.device("cpu"), blocks=3, calls=5) < 1
-    assert len(calls) == 15
+    assert harness.host_seconds("reference", call, CPU, blocks=3, calls=5) == 0.25
+    assert calls == ["reference"] * 15
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_stays():
+    script = """
+        import torch
+        from benchmarks import machine
+        machine.keep_freed_memory()
+        def pages():
+            return int(open("/proc/self/statm").read().split()[1])
+        before = pages()
+        torch.ones(1 << 24)  # 64 MiB
+        print(pages() - before > 15000, machine.facts(torch.device("cpu"))["machine"]["freed_memory"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["True", "kept"], done.stderr
 
 
 def test_floor_is_reads_and_copies_or_operations():

@@ -28,6 +28,11 @@ def _case(caches, B, Hk, S, K, dtype, D=128, heads=False, in_place=False):
     return Case(name, f"{'in place, ' if in_place else ''}{shape}", dtype, sizes)
 
 
+def _bytes(case):
+    """Of all caches."""
+    return math.prod(case.sizes[key] for key in ("caches", "B", "Hk", "S", "D")) * case.dtype.itemsize
+
+
 def _cases(caches):
     """LLaVA's heads, and as many tokens of grouped ones; a prompt pruned before generation, or a tenth in between."""
     for (in_place, K), (B, Hk), heads, dtype in itertools.product(
@@ -59,7 +64,7 @@ SETS = {
             "in-place-c16-b1-h32-s3072-float32",
             "in-place-c16-b1-h32-s3072-bfloat16",
         ),
-        "full": tuple(case.name for case in CASES[2:] if case.sizes["caches"] * case.sizes["S"] <= 49152),
+        "full": tuple(case.name for case in CASES[2:] if _bytes(case) <= 2 << 30),
     },
     "cuda": {
         "tiny": TINY,

@@ -39,8 +39,8 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
     implementations : dict
         Backend name -> function of the operator's arguments.
     own_checks : tuple of str
-        Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched, and use no
-        operator of PyTorch's; `check` is called to say what is wrong then, and saves its time otherwise.
+        Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched, and do nothing
+        that autograd would record; `check` is called to say what is wrong then, and saves its time otherwise.
     gradient : (backward, setup_context), optional
         For `torch.library.register_autograd`; without it the operator has no gradient.
     """

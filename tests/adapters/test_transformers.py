@@ -97,11 +97,10 @@ def test_images_side_by_side(family, texts):
     inputs, method = prompts(image, texts), METHODS["all three"]
     with patch(model, method) as handle:
         out = generate(model, inputs)
-        beams = generate(model, inputs, num_beams=2)
+        generate(model, inputs, num_beams=2)
     sizes = [[image["tokens"]] * row.count("image") for row in texts]
     assert [stats.images for stats in handle.stats] == [sizes, [own for own in sizes for _ in range(2)]]
     assert_oracle(model, inputs, method, out, tokens=image["tokens"])
-    assert beams.sequences.shape == out.sequences.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
