@@ -4,12 +4,16 @@ Neither is required. What could not be built, and why, is written to pruneops/_b
 where `pruneops info` finds it. Both use libtorch's stable ABI (torch >= 2.10) and no ATen,
 so the CUDA part compiles on a machine that has nvcc but neither a GPU nor a CUDA torch.
 
-Environment: PRUNEOPS_NO_NATIVE=1, PRUNEOPS_NO_CUDA=1, PRUNEOPS_CUDA_ARCHS="90;120",
+CUDA architectures: those of the cards that nvidia-smi sees; without a card all that are supported,
+in a checkout (editable, --inplace) the two that the tests look at.
+
+Environment: PRUNEOPS_NO_NATIVE=1, PRUNEOPS_NO_CUDA=1, PRUNEOPS_CUDA_ARCHS="90;120" or "all",
 PRUNEOPS_REQUIRE_NATIVE=1 (fail instead of installing without), CXX, CUDA_HOME.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-DEFAULT_ARCHS = "80;86;89;90;100;120"
+ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
+TESTED_ARCHS = ["80", "90"]  # without clusters and with them
 VERSION = "0.1.0"
 
 
@@ -66,7 +71,31 @@ def ninja():
 
 
 def cuda_archs():
-    return os.environ.get("PRUNEOPS_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";")
+    """Compute capabilities to build for."""
+    asked = os.environ.get("PRUNEOPS_CUDA_ARCHS", "").replace(",", ";").strip(";")
+    if asked:
+        return ALL_ARCHS if asked == "all" else asked.split(";")
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        seen = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        seen = []
+    archs = {arch.replace(".", "") for arch in seen if re.fullmatch(r"\d+\.\d", arch)}
+    checkout = {"editable_wheel", "develop", "--inplace", "-i"} & set(sys.argv)
+    return sorted(archs, key=int) or (TESTED_ARCHS if checkout else ALL_ARCHS)
+
+
+def torch_cuda_stub(compiler, folder):
+    """A libtorch_cuda.so to link against: the CUDA library must ask for the real one by name, and a CPU build of torch
+    has none. Its one symbol is what csrc/cuda/host.cuh takes from there."""
+    source, library = folder / "torch_cuda.c", folder / "libtorch_cuda.so"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    command = [compiler, "-xc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", library]
+    if subprocess.run(command).returncode:
+        raise Unbuildable(
+            "the stub of libtorch_cuda did not compile; its messages are in the build log (pip install -v)"
+        )
+    return folder
 
 
 def common_flags(includes):
@@ -74,7 +103,7 @@ def common_flags(includes):
     return ["-O3", "-std=c++20", *defines, f"-I{ROOT / 'csrc'}", *(f"-isystem {path}" for path in includes)]
 
 
-def rules_cpu(target):
+def rules_cpu(target, folder):
     """Ninja lines that build pruneops._C."""
     if wanted("PRUNEOPS_NO_NATIVE"):
         raise Unbuildable("PRUNEOPS_NO_NATIVE=1 was set")
@@ -88,15 +117,18 @@ def rules_cpu(target):
     return rules("cxx", compiler, [*flags, "-MMD", "-MF", "$out.d"], link, sources, target)
 
 
-def rules_cuda(target):
-    """Ninja lines that build pruneops._cuda; symbols of libtorch_cuda are left to load time."""
+def rules_cuda(target, folder):
+    """Ninja lines that build pruneops._cuda; the linker refuses a symbol that no library it names provides."""
     if wanted("PRUNEOPS_NO_NATIVE"):
         raise Unbuildable("PRUNEOPS_NO_NATIVE=1 was set")
     compiler, (includes, libraries) = nvcc(), torch_paths()
-    cxx()  # nvcc needs one too
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()]
-    flags = [*common_flags(includes), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", *gencode]
-    link = ["-shared", *(f"-L{path}" for path in libraries), "-ltorch_cpu", "-lc10"]
+    stub = torch_cuda_stub(cxx(), folder)  # nvcc needs a C++ compiler too
+    archs = cuda_archs()
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags = [*common_flags(includes), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags += [f"--threads={min(len(archs), os.cpu_count() or 1)}", *gencode]
+    link = ["-shared", "-Xlinker=-z,defs", f"-L{stub}", *(f"-L{path}" for path in libraries)]
+    link += ["-ltorch_cuda", "-ltorch_cpu", "-lc10"]
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     if not sources:
         raise Unbuildable("csrc/cuda holds no sources")
@@ -144,7 +176,7 @@ class NativeBuild(build_ext):
         folder = Path(self.build_temp).resolve() / part
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(make_rules(target))
+        (folder / "build.ninja").write_text(make_rules(target, folder))
         if subprocess.run([ninja(), "-C", str(folder)]).returncode:
             raise Unbuildable("the compiler failed; its messages are in the build log (pip install -v)")
 

@@ -16,9 +16,17 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# Order of preference per device. CUDA C++ comes after Triton until a recorded run in
-# benchmarks/results/ shows an operator right and faster on it.
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
+# Where Triton comes first on CUDA: shapes for which a recorded run shows it faster, time of the host included. The
+# operators' files say what their shape classes are. All other pairs in benchmarks/results/nvidia-h100-2026-11-27/ are
+# faster in CUDA C++; what is in no record runs there too, for a launch of Triton costs its host more.
+TRITON_FIRST = {
+    # kcenter.json, N 2880, D 4096: 5.9 ms, CUDA C++ 7.1
+    ("kcenter", "float32, one product"),
+    # attention_mass.json, S 3072: 1.0 ms and less; CUDA C++ has no tensor cores there: 39 GFLOP take it 0.8 ms at best
+    ("attention_mass", "many rows"),
+    ("attention_received", "many rows"),
+}
 
 _forced = contextvars.ContextVar("pruneops_backend", default="auto")
 
@@ -51,10 +59,17 @@ def backend(name):
         _forced.reset(token)
 
 
-def choose(device_type, operator="this", implementations=BACKENDS):
+def choose(device_type, operator="this", implementations=BACKENDS, shape_class=None):
     """Name of the backend that serves an operator on a device, honouring `backend(...)`.
 
-    `implementations` holds the names of the backends that the operator has; all by default.
+    Parameters
+    ----------
+    device_type : str
+    operator : str
+    implementations : collection of str
+        Backends that the operator has; all by default.
+    shape_class : str, optional
+        What `TRITON_FIRST` calls the shapes at hand.
     """
     name = _forced.get()
     if name != "auto":
@@ -64,15 +79,20 @@ def choose(device_type, operator="this", implementations=BACKENDS):
         if reason:
             raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
         return name
-    order = [name for name in AUTO.get(device_type, ("reference",)) if name in implementations]
-    name = next(name for name in order if why_not(name, device_type) is None)
-    if name == "reference" and len(order) > 1:
-        _warn_reference(device_type, "; ".join(f"{n}: {why_not(n, device_type)}" for n in order[:-1]))
+    order = AUTO.get(device_type, ("reference",))
+    if shape_class and device_type == "cuda" and (operator, shape_class) in TRITON_FIRST:
+        order = ("triton", "cuda", "reference")
+    name = next(name for name in order if name in implementations and why_not(name, device_type) is None)
+    if name == "reference" and device_type in AUTO:
+        reasons = (f"{n}: {why_not(n, device_type)}" for n in order if n in implementations and n != name)
+        _warn_reference(device_type, "; ".join(reasons))
     return name
 
 
 @functools.cache
 def _warn_reference(device_type, reasons):
+    if not reasons:
+        return
     warnings.warn(
         f"pruneops: {device_type.upper()} tensors run on the slow PyTorch reference ({reasons}). "
         "`pruneops info` says more.",
@@ -122,7 +142,7 @@ def native_problem():
     try:
         importlib.import_module("pruneops._C")
     except ImportError as error:
-        return f"the native module does not load: {error}"
+        return f"built, but it does not load: {error}"
     return None
 
 
@@ -141,7 +161,7 @@ def cuda_problem():
     """None if the CUDA kernels are loaded, else why not."""
     problem = native_problem()  # _C defines the operators that the CUDA library implements
     if problem:
-        return problem
+        return problem if problem.startswith("not built") else _unusable("C++", problem)
     library = next(Path(__file__).parent.glob("_cuda.*"), None)
     if library is None:
         return _not_built("cuda")
@@ -151,6 +171,24 @@ def cuda_problem():
         return "built, but PyTorch sees no GPU"
     try:
         torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"the CUDA library does not load: {error}"
+    except OSError as error:  # torch names the file, the loader what is wrong
+        return _unusable("CUDA", f"built, but it does not load: {error.__cause__ or error}")
+    return _no_kernel_image(build_record().get("archs", []))
+
+
+def _no_kernel_image(archs):
+    """None if the library holds code for every card that PyTorch sees, else what to do. Code for sm_80 runs on sm_86
+    and sm_89, not the other way round, and on no other first digit."""
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if archs and not any(int(arch) // 10 == major and int(arch) % 10 <= minor for arch in archs):
+            built = ", ".join(f"sm_{arch}" for arch in archs)
+            words = f"built for {built}, not for the sm_{major}{minor} of {torch.cuda.get_device_name(index)}: install"
+            return _unusable("CUDA", f'{words} again with PRUNEOPS_CUDA_ARCHS="{";".join(archs)};{major}{minor}"')
     return None
+
+
+def _unusable(kind, problem):
+    """The problem, said aloud once: what was built is expected to run, else Triton would take its place in silence."""
+    warnings.warn(f"pruneops: {kind} kernels {problem}. Slower ones take their place.", stacklevel=4)
+    return problem

@@ -14,7 +14,7 @@ import warnings
 import torch
 
 from . import __version__, backends, ops
-from .backends import AUTO, BACKENDS, BackendUnavailable
+from .backends import AUTO, BACKENDS, TRITON_FIRST, BackendUnavailable
 from .demo import DemoError
 from .methods._base import METHODS
 
@@ -60,6 +60,7 @@ def info():
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "operators": {name: list(has) for name, has in sorted(ops.OPERATORS.items())},
         "backends": {device: _serving(device) for device in AUTO},
+        "triton_first": sorted(map(list, TRITON_FIRST)),
     }
 
 
@@ -136,6 +137,8 @@ def _describe(record):
         lacking = ", ".join(operator for operator, has in record["operators"].items() if name not in has)
         lines += ["", *textwrap.wrap(f"without {name}: {lacking}", 110)] if lacking else []
     lines += ["", "auto: taken unless `with pruneops.backend(...)` asks for another."]
+    first = ", ".join(f"{operator} ({words})" for operator, words in record["triton_first"])
+    lines += textwrap.wrap(f"On CUDA, where both can run, Triton comes first for {first}.", 110)
     return "\n".join(line.rstrip() for line in lines)
 
 

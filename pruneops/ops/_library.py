@@ -10,6 +10,8 @@ from .. import backends
 _library = torch.library.Library("pruneops", "DEF")
 _native = torch.library.Library("pruneops_native", "IMPL")  # C++ and CUDA kernels under the names of their operators
 OPERATORS = {}  # name -> backends that have it
+# What launches kernels and nothing that autograd would record: the context that turns it off costs 3 us.
+NO_AUTOGRAD = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT = (int, torch.SymInt)
@@ -24,7 +26,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
     """An argument of the wrong type: TypeError from `pruneops.<op>`, RuntimeError through `torch.ops`."""
 
 
-def define(schema, check, fake, implementations, *, own_checks=(), gradient=None):
+def define(schema, check, fake, implementations, *, own_checks=(), gradient=None, shape_class=None):
     """Define `pruneops::<op>` from its schema.
 
     Parameters
@@ -41,6 +43,8 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
     own_checks : tuple of str
         Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched, and do nothing
         that autograd would record; `check` is called to say what is wrong then, and saves its time otherwise.
+    shape_class : callable, optional
+        Of the operator's arguments: the word for their shapes in `backends.TRITON_FIRST`.
     gradient : (backward, setup_context), optional
         For `torch.library.register_autograd`; without it the operator has no gradient.
     """
@@ -53,12 +57,16 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
         # of operators on lists of tensors, the second argument is a tensor
         device = (args[0] if isinstance(args[0], torch.Tensor) else args[1]).device
         try:
-            chosen = backends.choose(device.type, name, implementations)
+            own_class = shape_class(*args, **kwargs) if shape_class and device.type == "cuda" else None
+            chosen = backends.choose(device.type, name, implementations, own_class)
             if chosen in own_checks and (chosen == "cpu" or not debugging()):
                 return implementations[chosen](*args, **kwargs)
-        except RuntimeError:  # a bad argument comes first
+        except Exception:  # a bad argument comes first
             check(*args, **kwargs)
             raise
+        if chosen in NO_AUTOGRAD[device.type]:
+            check(*args, **kwargs)
+            return implementations[chosen](*args, **kwargs)
         with torch.no_grad():
             check(*args, **kwargs)
             return implementations[chosen](*args, **kwargs)
