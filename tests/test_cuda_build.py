@@ -21,6 +21,7 @@ KERNELS = {
     *(f"pivot_cosine_pass<{element}, 2, {2 if element == 'float' else 8}>" for element in ELEMENTS),
     *(f"exclusive_bottomk_select<{element}, {listed}>" for element in ELEMENTS for listed in ("false", "true")),
     *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
+    *(f"attention_{kernel}<{element}>" for kernel in ("sums", "combine", "received_sums") for element in ELEMENTS),
     "move_tokens<false>",
     "move_tokens<true>",
 }
@@ -29,6 +30,9 @@ DYNAMIC_BYTES = {
     "kcenter_lazy<.*": "sizeof(LazyShared)",
     "kcenter_gram<.*": "kPipelineBytes",
     "exclusive_bottomk_select<.*": "sizeof(BottomkShared)",
+    **{f"attention_sums<{element}>": f"sizeof(MassShared<{element}>)" for element in ELEMENTS},
+    "attention_combine<.*": "sizeof(CombineShared)",
+    "attention_received_sums<.*": "kMostKeptBytes",
     "move_tokens<true>": "3 * 2 * 8 * 256",  # three places of every token of two tiles; its header includes torch
     **{
         f"pivot_cosine_pass<.*, {t}, {g}>": f"sizeof(PivotShared<{t}, {g}>)"
@@ -99,7 +103,7 @@ def dynamic_bytes(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("shared")
-    headers = ("runtime.h", *(f"cuda/{op}.cuh" for op in ("kcenter", "exclusive_bottomk", "pivot_cosine")))
+    headers = ("runtime.h", *(f"cuda/{op}.cuh" for op in ("kcenter", "exclusive_bottomk", "pivot_cosine", "attention")))
     (folder / "sizes.cpp").write_text(
         "\n".join(f'#include "{header}"' for header in headers)
         + "\nusing namespace pruneops;\nint main() { for (size_t size : {"

@@ -95,9 +95,28 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
+// The same for those who have written nothing yet.
+__device__ __forceinline__ void cluster_arrive_first() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The same place in the shared memory of a block of the cluster, by its number there. That block must have begun, and
+// must not end before it has met those who use the place.
+template <class V>
+__device__ __forceinline__ V* cluster_peer(V* place, unsigned block) {
+#if __CUDA_ARCH__ >= 900
+  V* peer;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(place), "r"(block));
+  return peer;
+#else
+  return place;
 #endif
 }
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -46,6 +47,7 @@ struct Block {
   std::vector<unsigned char> shared;
   Meeting meeting;
   Meeting* cluster;  // of the threads of all its blocks; null if it is one block
+  unsigned rank;     // in its cluster
   std::vector<Warp> warps;
 };
 struct Copy {
@@ -150,6 +152,7 @@ inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool bac
     all[b].shared.assign(shared_bytes + kGuardBytes, 0xff);
     all[b].meeting.size = threads;
     all[b].cluster = cluster > 1 ? &clusters[b / cluster] : nullptr;
+    all[b].rank = b % cluster;
     all[b].warps.resize(threads / 32);
     for (auto& warp : all[b].warps) warp.meeting.size = 32;
     for (unsigned t = 0; t < threads; ++t) {
@@ -324,9 +327,22 @@ inline void cluster_arrive() {
   auto& fiber = *emulation::current;
   if (fiber.block->cluster) fiber.cluster_generation = emulation::arrive(*fiber.block->cluster);
 }
+inline void cluster_arrive_first() { cluster_arrive(); }
 inline void cluster_wait() {
   auto& fiber = *emulation::current;
   if (fiber.block->cluster) emulation::wait_for_change(&fiber.block->cluster->generation, fiber.cluster_generation);
+}
+
+template <class V>
+V* cluster_peer(V* place, unsigned block) {
+  auto& own = *emulation::current->block;
+  if (block > own.rank && !own.cluster) emulation::fail("cluster_peer: no such block");
+  auto& peer = *(&own - own.rank + block);
+  if (peer.cluster != own.cluster) emulation::fail("cluster_peer: of another cluster");
+  if (own.cluster && own.cluster->generation == 0) emulation::fail("cluster_peer: the block may not have begun");
+  const auto offset = reinterpret_cast<unsigned char*>(place) - own.shared.data();
+  if (offset < 0 || offset >= int64_t(own.shared.size())) emulation::fail("cluster_peer: not in shared memory");
+  return reinterpret_cast<V*>(peer.shared.data() + offset);
 }
 
 inline void arrive_release(unsigned* counter) { ++*counter; }

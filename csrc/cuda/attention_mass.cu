@@ -1,0 +1,56 @@
+// Attention between groups of tokens on CUDA; attention.cuh says how and what it costs.
+
+#include <optional>
+#include <tuple>
+
+#include "cuda/attention_launch.cuh"
+
+namespace pruneops {
+
+template <class T>
+void launch_sums(const Attention<T>& p, int64_t batch, cudaStream_t stream) {
+  launch(attention_sums<T>,
+         {batch * p.key_heads * p.tiles * p.splits, kThreads, sizeof(MassShared<T>), p.states ? 1 : p.splits}, stream,
+         p);
+}
+template void launch_sums(const Attention<float>&, int64_t, cudaStream_t);
+template void launch_sums(const Attention<__half>&, int64_t, cudaStream_t);
+template void launch_sums(const Attention<__nv_bfloat16>&, int64_t, cudaStream_t);
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention_mass(const Tensor& query, const Tensor& key, const Tensor& query_group,
+                                          const Tensor& key_group, int64_t groups, bool causal, double scale,
+                                          const std::optional<Tensor>& lse) {
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  check_attention(query, key, groups);
+  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
+  const Tensor mass = torch::stable::new_empty(query, {batch, heads, groups, groups}, ScalarType::Float);
+  const Tensor found = torch::stable::new_empty(query, {batch, heads, queries}, ScalarType::Float);
+  if (batch * heads == 0) return {mass, found};
+  const cudaStream_t stream = current_stream(query);
+  if (queries == 0) {
+    check(cudaMemsetAsync(mass.data_ptr(), 0, batch * heads * groups * groups * sizeof(float), stream),
+          "cudaMemsetAsync");
+    return {mass, found};
+  }
+  by_element(query.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Attention<T> p = attention_of<T>(query, key, groups, causal, scale, lse);
+    p.query_group = group_view(query_group);
+    p.key_group = group_view(key_group);
+    p.mass = static_cast<float*>(mass.data_ptr());
+    p.found = static_cast<float*>(found.data_ptr());
+    if (plan_sums(p, has_clusters())) return launch_sums(p, batch, stream);
+    const Tensor memory = scratch(query, p.state_floats(batch));
+    p.states = static_cast<float*>(memory.data_ptr());
+    launch_sums(p, batch, stream);
+    launch(attention_combine<T>, {batch * heads, kThreads, sizeof(CombineShared)}, stream, p);
+  });
+  return {mass, found};
+}
+
+}  // namespace
+}  // namespace pruneops
+
+STABLE_TORCH_LIBRARY_IMPL(pruneops_native, CUDA, m) { m.impl("attention_mass", TORCH_BOX(&pruneops::attention_mass)); }
