@@ -10,10 +10,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -116,9 +114,33 @@ using torch::stable::Tensor;
 
 inline void expect(bool condition, const char* what) { STD_TORCH_CHECK(condition, "pruneops: ", what); }
 
-inline void expect_together(const Tensor& tensor, const Tensor& keep) {
-  expect(tensor.is_cuda() == keep.is_cuda() && tensor.get_device_index() == keep.get_device_index(), "devices differ");
+// Where a tensor is; asked once of keep.
+struct Device {
+  int32_t type = 0, index = 0;
+  explicit Device(const Tensor& tensor) {
+    aoti_torch_get_device_type(tensor.get(), &type);
+    aoti_torch_get_device_index(tensor.get(), &index);
+  }
+  bool operator==(const Device&) const = default;
+};
+
+inline void expect_together(const Tensor& tensor, const Device& there) {
+  expect(Device(tensor) == there, "devices differ");
 }
+
+// How a tensor lies, as long as it lives. One look each: with many tensors calls through the stable ABI are what costs.
+struct Look {
+  const int64_t *sizes, *strides;
+  int64_t rank, bytes;
+  explicit Look(const Tensor& tensor) : strides(tensor.strides().data()), bytes(tensor.element_size()) {
+    const auto own = tensor.sizes();
+    sizes = own.data(), rank = int64_t(own.size());
+  }
+  bool operator==(const Look& other) const {
+    return bytes == other.bytes && rank == other.rank && std::equal(sizes, sizes + rank, other.sizes) &&
+           std::equal(strides, strides + rank, other.strides);
+  }
+};
 
 inline Positions positions_of(const Tensor& keep, const std::optional<Tensor>& lengths) {
   Positions positions{};
@@ -129,7 +151,7 @@ inline Positions positions_of(const Tensor& keep, const std::optional<Tensor>& l
     const ScalarType type = lengths->scalar_type();
     expect(type == ScalarType::Long || type == ScalarType::Int, "lengths must be int64 or int32");
     expect(lengths->dim() == 1 && lengths->size(0) == keep.size(0), "lengths do not fit keep");
-    expect_together(*lengths, keep);
+    expect_together(*lengths, Device(keep));
     positions.lengths = lengths->const_data_ptr(), positions.lengths_stride = lengths->stride(0);
     positions.long_lengths = type == ScalarType::Long;
   }
@@ -188,23 +210,17 @@ inline Form form_of(const Tensor& from, const Tensor& to, const Roles& roles, co
   return form;
 }
 
-inline bool alike(const Tensor& one, const Tensor& other) {
-  const auto same = [](auto left, auto right) {
-    return std::equal(left.begin(), left.end(), right.begin(), right.end());
-  };
-  return one.element_size() == other.element_size() && same(one.sizes(), other.sizes()) &&
-         same(one.strides(), other.strides());
-}
-
 // Adds the jobs of tensors [from, to, roles], one after another.
 class Adder {
  public:
   Adder(Plan& plan, const Tensor& keep) : plan_(plan), keep_(keep) {}
 
   void add(const Tensor& from, const Tensor& to, const Roles& roles) {
-    if (!last_ || !(roles == roles_) || !alike(from, last_->first) || !alike(to, last_->second)) {
+    const Look source(from), result = from.get() == to.get() ? source : Look(to);
+    const Last own{source, result, roles};
+    if (!last_ || !(own == *last_)) {
       form_ = place_of(form_of(from, to, roles, keep_));
-      last_.emplace(from, to), roles_ = roles;
+      last_ = own;
     }
     if (form_ >= 0)
       plan_.jobs.push_back(
@@ -212,6 +228,12 @@ class Adder {
   }
 
  private:
+  struct Last {
+    Look from, to;
+    Roles roles;
+    bool operator==(const Last&) const = default;
+  };
+
   int place_of(const Form& form) {
     if (form.lanes() == 0 || form.width == 0 || plan_.positions.count == 0) return -1;  // nothing to move
     for (size_t i = 0; i < plan_.forms.size(); ++i)
@@ -222,8 +244,7 @@ class Adder {
 
   Plan& plan_;
   const Tensor& keep_;
-  std::optional<std::pair<Tensor, Tensor>> last_;  // most tensors are like the one before
-  Roles roles_{};
+  std::optional<Last> last_;  // most tensors are like the one before
   int form_ = -1;
 };
 
@@ -232,11 +253,11 @@ inline void expect_apart(const std::vector<Tensor>& tensors) {
   std::vector<const void*> addresses;
   addresses.reserve(tensors.size());
   for (const Tensor& tensor : tensors) {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    const Look look(tensor);
     bool empty = false;
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      expect(strides[d] != 0 || sizes[d] <= 1, "an expanded tensor can not change in place");
-      empty |= sizes[d] == 0;
+    for (int64_t d = 0; d < look.rank; ++d) {
+      expect(look.strides[d] != 0 || look.sizes[d] <= 1, "an expanded tensor can not change in place");
+      empty |= look.sizes[d] == 0;
     }
     if (!empty) addresses.push_back(tensor.const_data_ptr());
   }
@@ -244,19 +265,21 @@ inline void expect_apart(const std::vector<Tensor>& tensors) {
   expect(std::adjacent_find(addresses.begin(), addresses.end()) == addresses.end(), "a tensor is passed twice");
 }
 
-// Uninitialised [B, Hk, K, D] for every cache, each as its cache lies.
+// Uninitialised [B, Hk, K, D] for every cache, each as its cache lies, in memory of its own.
 inline std::vector<Tensor> new_caches(const std::vector<Tensor>& caches, int64_t K) {
   std::vector<Tensor> results;
+  results.reserve(caches.size());
+  const Device device(caches[0]);
   for (const Tensor& cache : caches) {
-    const int64_t B = cache.size(0), Hk = cache.size(1), D = cache.size(3);
-    const bool heads_inside = Hk > 1 && cache.size(2) > 1 && cache.stride(1) < cache.stride(2);
+    const Look look(cache);
+    const int64_t B = look.sizes[0], Hk = look.sizes[1], D = look.sizes[3];
+    const bool heads_inside = Hk > 1 && look.sizes[2] > 1 && look.strides[1] < look.strides[2];
     const int64_t sizes[] = {B, Hk, K, D};
     const int64_t strides[] = {Hk * K * D, heads_inside ? D : K * D, heads_inside ? Hk * D : D, 1};
-    int32_t type = 0, device = 0;
+    int32_t type = 0;
     aoti_torch_get_dtype(cache.get(), &type);
-    aoti_torch_get_device_type(cache.get(), &device);
     AtenTensorHandle result = nullptr;
-    expect(aoti_torch_empty_strided(4, sizes, strides, type, device, cache.get_device_index(), &result) ==
+    expect(aoti_torch_empty_strided(4, sizes, strides, type, device.type, device.index, &result) ==
                AOTI_TORCH_SUCCESS, "no memory for a result");
     results.emplace_back(result);
   }
@@ -269,6 +292,7 @@ inline Plan plan_compact(const std::vector<torch::stable::Tensor>& caches,
                          const std::vector<torch::stable::Tensor>& results, const torch::stable::Tensor& keep,
                          const std::optional<torch::stable::Tensor>& lengths, bool in_place) {
   Plan plan{{}, {}, moves::positions_of(keep, lengths), in_place};
+  plan.jobs.reserve(caches.size());
   moves::Adder adder(plan, keep);
   for (size_t i = 0; i < caches.size(); ++i) adder.add(caches[i], results[i], {2, 0, 1, -1});
   return plan;
@@ -279,12 +303,13 @@ inline void expect_caches(const std::vector<torch::stable::Tensor>& caches, cons
                           bool in_place) {
   moves::expect(!caches.empty() && (keep.dim() == 2 || keep.dim() == 3), "no caches, or the rank of keep");
   const int64_t rank = keep.dim(), B = keep.size(0), Hk = keep.size(1), K = keep.size(rank - 1);
+  const moves::Device device(keep);
   for (const auto& cache : caches) {
     const auto sizes = cache.sizes();
     moves::expect(sizes.size() == 4 && sizes[0] == B, "caches do not fit keep");
     moves::expect(rank == 2 || sizes[1] == Hk, "heads do not fit keep");
     moves::expect(!in_place || K <= sizes[2], "more to keep than there is");
-    moves::expect_together(cache, keep);
+    moves::expect_together(cache, device);
   }
   if (in_place) moves::expect_apart(caches);
 }
@@ -297,7 +322,8 @@ inline Plan plan_paged(const std::vector<torch::stable::Tensor>& pages, const to
   Positions& positions = plan.positions;
   expect(block_table.dim() == 2 && block_table.size(0) == keep.size(0) &&
              block_table.scalar_type() == moves::ScalarType::Int, "block_table must be int32 [B, blocks]");
-  moves::expect_together(block_table, keep);
+  const moves::Device device(keep);
+  moves::expect_together(block_table, device);
   positions.table = static_cast<const int32_t*>(block_table.const_data_ptr());
   positions.table_batch = block_table.stride(0), positions.table_block = block_table.stride(1);
   moves::Adder adder(plan, keep);
@@ -307,7 +333,7 @@ inline Plan plan_paged(const std::vector<torch::stable::Tensor>& pages, const to
     const int64_t page = tensor.size(token);
     expect(page > 0 && (positions.page == 0 || positions.page == page), "pages of different sizes");
     expect(keep.dim() == 2 || tensor.size(head) == keep.size(1), "heads do not fit keep");
-    moves::expect_together(tensor, keep);
+    moves::expect_together(tensor, device);
     positions.page = page;
     adder.add(tensor, tensor, {token, -1, head, 0});
   }
@@ -322,11 +348,12 @@ inline Plan plan_gather(const std::vector<torch::stable::Tensor>& tensors, const
   expect(!tensors.empty() && dims.size() == tensors.size() && (keep.dim() == 1 || keep.dim() == 2), "no tensors");
   Plan plan{{}, {}, moves::positions_of(keep, {}), false};
   const bool batched = keep.dim() == 2;
+  const moves::Device device(keep);
   moves::Adder adder(plan, keep);
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& tensor = tensors[i];
     expect(batched <= dims[i] && dims[i] < tensor.dim(), "no such dimension");
-    moves::expect_together(tensor, keep);
+    moves::expect_together(tensor, device);
     std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
     if (batched) {
       expect(sizes[dims[i] - 1] == 1 || sizes[dims[i] - 1] == keep.size(0), "batch sizes differ");

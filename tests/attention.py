@@ -2,20 +2,11 @@
 
 import functools
 
-import pytest
 import torch
 from hypothesis import strategies as st
 
-import pruneops
-from pruneops import backends
 from tests import contract, strategies
-from tests.contract import Target, on
 from tests.refusals import DTYPE_NAMES, Bad
-
-TARGETS = [target for target in contract.TARGETS if target.backend != "cuda"]  # there is no such kernel
-every_backend = on(*TARGETS)
-every_kernel = on(*(target for target in TARGETS if target.backend != "reference"))
-CUDA_KERNELS = on(Target("triton", "cuda"))
 
 # Layouts of a tensor [.., heads, tokens, features] in memory. All but "one head" keep its values.
 LAYOUTS = {
@@ -138,24 +129,21 @@ def exact_attention(draw):
     return query, key, counted, seen, {**options, "causal": draw(st.booleans())}
 
 
-def assert_no_cuda_kernel(monkeypatch, op, *args):
-    """Asked for by name where CUDA kernels run, the missing one is an error that says what there is."""
-    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
-    with pruneops.backend("cuda"), pytest.raises(pruneops.BackendUnavailable) as error:
-        getattr(pruneops, op)(*args)
-    reason = f"{op} has no such kernel; it has reference, cpu, triton"
-    assert str(error.value) == f"backend 'cuda' cannot run here: {reason}"
+def small_tiles(monkeypatch, whole, ratio):
+    """Triton kernels with tiles of 16, in steps of 16 features or with all of up to 64. ratio: H / Hk."""
+    from pruneops.triton_kernels import attention_mass, attention_received
 
-
-def small_tiles(monkeypatch, whole):
-    """Triton kernels with tiles of 16, in steps of 16 features or with all of up to 64, on a card of 8 processors."""
-    from pruneops.triton_kernels import attention_mass as kernels
-
-    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 64 if whole else 16, "WHOLE": whole}
-    monkeypatch.setattr(kernels, "tiles", lambda *_: {**tile, "num_warps": 4, "num_stages": 2})
-    monkeypatch.setattr(kernels, "LIST", {"BLOCK_S": 32, "num_warps": 4})
-    monkeypatch.setattr(kernels, "REDUCE", {"BLOCK_S": 16, "num_warps": 4})
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 8)
+    heads = 1 << (ratio - 1).bit_length()
+    tile = {"BLOCK_N": 16, "BLOCK_D": 64 if whole else 16, "WHOLE": whole}
+    options = {"num_warps": 4, "num_stages": 2}
+    received = {"BLOCK_T": 16 // heads, "R_PAD": heads, **tile}
+    monkeypatch.setattr(attention_mass, "tiles", lambda *_: ({"BLOCK_M": 16, **tile}, options))
+    monkeypatch.setattr(attention_received, "tiles", lambda *_: (received, options))
+    monkeypatch.setattr(attention_mass, "LIST", ({"BLOCK_S": 32}, {"num_warps": 4}))
+    monkeypatch.setattr(attention_mass, "REDUCE", ({"BLOCK_S": 16}, {"num_warps": 4}))
+    for name, kernel in (vars(attention_mass) | vars(attention_received)).items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernel, "compiled", {})  # forms do not tell tiles apart
 
 
 GROUPS = """
@@ -185,9 +173,7 @@ TRITON_MEMORY = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tests import fake_card
-from pruneops.triton_kernels import attention_mass, {op} as kernels
-
-attention_mass.multiprocessors = lambda device: 132
+from pruneops.triton_kernels import {op} as kernels
 
 class Fresh(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -205,6 +191,41 @@ for Sq, Sk in ((20000, 20000), (1, 2**17)):
         {call}
     print(mode.bytes)
 """
+
+
+FORMS = """
+import torch
+from pruneops.triton_kernels import _launch, {op} as kernels
+from tests import attention
+
+asked = set()  # (kernel, form)
+
+def ask(kernel, form, grid, *args):
+    asked.add((kernel.__name__, form))
+    divisible = kernel.describe(*form).divisible
+    for name, arg in zip(kernel.jit.arg_names, args):
+        number = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
+        assert name not in divisible or number % 16 == 0, (kernel.__name__, name, number)
+
+_launch.Kernel.__call__ = ask
+for dtype, D in ((torch.bfloat16, 64), (torch.float32, 64), (torch.bfloat16, 72), (torch.float16, 33)):
+    for Sq in (20, 1):
+        query, key = (torch.ones(2, h, S, D, dtype=dtype) for h, S in ((4, Sq), (2, 50)))
+        query_group, key_group = groups(query, key)
+        query_group, key_group = query_group.expand(2, -1), key_group.expand(2, -1)
+        asked.clear()
+        for layout in attention.LAYOUTS.values():
+            for other in attention.LAYOUTS.values():
+                query_now, key_now = layout(query), other(key)
+                if query_now.stride(-1) == key_now.stride(-1) == 1:
+                    {call}
+        print(len(asked))
+"""
+
+
+def triton_forms(op, call):
+    """How many kernels and forms a launcher asks for over all layouts of query and key: by dtype, prefill, decode."""
+    return list(map(int, contract.run_python(GROUPS + FORMS.format(op=op, call=call)).split()))
 
 
 def native_memory(call):

@@ -288,8 +288,9 @@ print("same")
 
 def triton_launches(code):
     """(launches, compilations) of Python code that calls Triton launchers on a card which runs nothing."""
-    count = "print(len(fake_card.launches), len(set(fake_card.launches)))"
-    return tuple(map(int, run_python(f"import torch\nfrom tests import fake_card\n{code}\n{count}").split()))
+    count = "print(len(fake_card.launches), len(fake_card.compilations))"
+    lines = f"import torch\nfrom tests import fake_card\nfake_card.count()\n{code}\n{count}"
+    return tuple(map(int, run_python(lines).split()))
 
 
 def run_python(code, *args, timeout=300, **environment):

@@ -1,18 +1,12 @@
-"""Compile every job of Triton kernel modules for one architecture, without a GPU.
+"""Compile every form of Triton kernel modules for one architecture, without a GPU.
 
     python -m tests.triton_compile_worker CAPABILITY MODULE...
 
-writes a JSON list of {label, shared, local, registers} or {label, error}: bytes of shared memory a
-block, bytes of local memory a thread (spills and stack), registers a thread.
+writes a JSON list of {kernel, label, shared, local, registers, float_sums, chained_dots} or {kernel, label, error}:
+bytes of shared memory a block, bytes of local memory a thread (spills and stack), registers a thread, how many
+reductions add floats in the order of a layout, and how many products add to what came before inside of the tensor core.
 
-A module lists its kernels in `compile_jobs()`, as dictionaries of
-    kernel           name of a jitted function in the module
-    signature        {argument: type}, constexprs left out
-    constexprs       {argument: value}
-    options          num_warps, num_stages ...
-    divisible_by_16  names of arguments that are multiples of 16, optional
-    capabilities     those it is for, optional; all by default
-    label            how it is called in messages
+A module lists its kernels in `compile_forms()`, as pairs of a kernel and what it is compiled for.
 """
 
 import importlib
@@ -25,24 +19,21 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compile_job(module, job, capability):
-    """Resources of one job."""
-    kernel = getattr(module, job["kernel"])
-    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: job["signature"].get(name, "constexpr") for name in kernel.arg_names},
-        constexprs={place[name]: value for name, value in job["constexprs"].items()},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in job.get("divisible_by_16", ())},
-    )
-    options = {"enable_fp_fusion": True, **job["options"]}  # said out loud, as in every launch
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return {"shared": compiled.metadata.shared, **usage(compiled.asm["cubin"])}
+def compile_form(kernel, form, capability):
+    """Resources of one form."""
+    compiled = kernel.compile(form, GPUTarget("cuda", capability, 32))
+    return {
+        "shared": compiled.metadata.shared,
+        **usage(compiled.asm["cubin"]),
+        "float_sums": sum(
+            "arith.addf" in own for own in re.findall(r'"tt\.reduce".*?\}\)', compiled.asm["ttgir"], re.S)
+        ),
+        "chained_dots": len(re.findall(r"(?:tt\.dot|warp_group_dot) %\S+, %\S+, %(?!cst)", compiled.asm["ttgir"])),
+    }
 
 
 def usage(cubin):
@@ -58,13 +49,13 @@ def usage(cubin):
 def main(capability, *names):
     results = []
     for module in map(importlib.import_module, names):
-        for job in module.compile_jobs():
-            if int(capability) in job.get("capabilities", [int(capability)]):
-                try:
-                    result = compile_job(module, job, int(capability))
-                except Exception as error:
-                    result = {"error": f"{type(error).__name__}: {error}"}
-                results.append({"label": job["label"], **result})
+        for kernel, form in module.compile_forms():
+            try:
+                result = compile_form(kernel, form, int(capability))
+            except Exception as error:
+                result = {"error": f"{type(error).__name__}: {error}"}
+            label = "-".join([kernel.__name__, *(str(value).removeprefix("torch.") for value in form)])
+            results.append({"kernel": kernel.__name__, "label": label, **result})
     print(json.dumps(results))
 
 

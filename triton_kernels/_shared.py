@@ -1,4 +1,4 @@
-"""What the Triton kernels share: constants, ordered scores, launch options, how a tensor can be read."""
+"""What the Triton kernels compute alike: order of scores, sums in a fixed order, how a tensor can be read."""
 
 import functools
 
@@ -6,11 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
-
-# Fusion said out loud: its default differs among Triton releases. All registers: ptxas would
-# otherwise spill to fit two programs on a multiprocessor.
-OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
+from ._launch import INTERPRETED
 
 SMALLEST_SQUARE = tl.constexpr(2.0**-126)  # below: a zero vector
 LARGEST_SQUARE = tl.constexpr(float(torch.finfo(torch.float32).max) / 4)  # above: non-finite
@@ -25,11 +21,24 @@ def order_of(s):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+@triton.jit
+def row_sums(values, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Sums [ROWS] of float32 values [ROWS, COLS], a tree of neighbours: `tl.sum` adds in an order that follows the
+    layout of the tile, so alignment and tile sizes would change bits. COLS: a power of two up to 1024."""
+    for level in tl.static_range(10):
+        if (COLS >> level) > 1:
+            left, right = tl.split(tl.reshape(values, [ROWS, COLS >> (level + 1), 2]))
+            values = left + right
+    return tl.reshape(values, [ROWS])
+
+
 def access(x):
-    """Which tiles suit x [.., N, D]: by element size if every row starts on 16 elements, as Triton's specialisation
-    sees it."""
+    """Which tiles suit x [.., N, D]: by element size if every row starts on 16 elements and 16 bytes."""
     numbers = (x.data_ptr(), *x.stride()[:-1], x.shape[-1])
-    if any(number % 16 for number in numbers):
+    bits = 0
+    for number in numbers:
+        bits |= number
+    if bits & 15:
         return "unaligned"
     return "half" if x.element_size() == 2 else "float"
 
@@ -37,26 +46,4 @@ def access(x):
 @functools.cache
 def multiprocessors(device):
     """Programs that are resident together; the interpreter runs one after another."""
-    return 1 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def on(device):
-    """Launches inside go to this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
-
-
-def compile_job(kernel, config, types, divisible=(), words=(), **constexprs):
-    """One entry of `compile_jobs()`: a kernel, its launch options and tile sizes, the types of its pointers and tuples.
-
-    Arguments without a type are int32. `words` go into the label beside the constexprs.
-    """
-    options = OPTIONS | {key: value for key, value in config.items() if key.startswith("num_")}
-    constexprs |= {key: value for key, value in config.items() if key not in options}
-    return {
-        "label": "-".join([kernel.__name__, *words, *(f"{key}={value}" for key, value in constexprs.items())]),
-        "kernel": kernel.__name__,
-        "signature": {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs},
-        "constexprs": constexprs,
-        "options": options,
-        "divisible_by_16": [name for name in kernel.arg_names if name in divisible],
-    }
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

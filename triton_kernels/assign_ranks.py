@@ -6,26 +6,23 @@
              orders of that rank finds the next.
 N 576, J 32 on an H200: about 4 us for the softmax, 0.1 us a rank, 0.5 us a conflict, all latency of one
 multiprocessor. N 65536, J 64: 17 MB read and written by one multiprocessor, about 0.3 ms.
-
-None of this has run on a GPU yet: it runs in Triton's interpreter and compiles for every architecture without spills.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
-from ._shared import INF, LAST_KEY, OPTIONS, compile_job, on
+from ._launch import INTERPRETED, TYPES, Form, kernel, on, workspace
+from ._shared import INF, LAST_KEY
 from .exclusive_bottomk import score_order
 
 CLASSES = (16, 32, 64, 128)  # widths that a token's logits are filled up to
-TILES = {"BLOCK_S": 1024, "num_warps": 8}
 TILE = 4096  # logits a tile
 
-_kernel = triton.jit(
-    do_not_specialize=("stride_b", "stride_n", "N", "C", "j"),
-    do_not_specialize_on_alignment=("logits", "orders", "marks", "indices"),
-)
+
+def _form(dtype, width):
+    constants = {"BLOCK_N": TILE // width, "BLOCK_C": width, "BLOCK_S": 1024}
+    return Form({"logits": TYPES[dtype]}, constants, {"num_warps": 8})
 
 
 @triton.jit
@@ -42,7 +39,7 @@ def _best_unmarked(orders, marks, N, BLOCK_S: tl.constexpr):
     return best
 
 
-@_kernel
+@kernel(_form, orders="*i32", marks="*u8", indices="*i64", stride_b="i64", stride_n="i64")
 def _assign_ranks_kernel(
     logits, orders, marks, indices, stride_b, stride_n, N, C, j,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -82,29 +79,22 @@ def _assign_ranks_kernel(
 def assign_ranks(logits, j):
     """logits [B, N, J + 1] with classes side by side; the arguments are checked by pruneops.ops."""
     B, N, C = logits.shape
-    indices = torch.empty(B, j, dtype=torch.int64, device=logits.device)
+    indices = torch.empty((B, j), dtype=torch.int64, device=logits.device)
     if B == 0:
         return indices
-    logits = logits.float() if interpreting() else logits  # the interpreter loses the least bfloat16 numbers
-    orders = torch.empty(B, j, N, dtype=torch.int32, device=logits.device)
-    marks = torch.empty(B, N, dtype=torch.uint8, device=logits.device)
-    with on(logits.device):
-        _assign_ranks_kernel[B,](
-            logits, orders, marks, indices, *logits.stride()[:2], N, C, j,
-            **_tiles(next(width for width in CLASSES if width >= C)), **OPTIONS,
+    logits = logits.float() if INTERPRETED else logits  # the interpreter loses the least bfloat16 numbers
+    _memory, orders, marks = workspace(logits.device, (torch.int32, B * j * N), (torch.uint8, B * N))
+    width = next(width for width in CLASSES if width >= C)
+    with on(logits):
+        _assign_ranks_kernel(
+            (logits.dtype, width), (B, 1, 1),
+            logits, orders, marks, indices, logits.stride(0), logits.stride(1), N, C, j,
         )  # fmt: skip
     return indices
 
 
-def _tiles(width):
-    return {"BLOCK_C": width, "BLOCK_N": TILE // width, **TILES}
-
-
-def compile_jobs():
-    """Every configuration that the launcher above can ask for, to be compiled without a GPU."""
-    types = {"orders": "*i32", "marks": "*u8", "indices": "*i64"}
-    return [
-        compile_job(_assign_ranks_kernel, _tiles(width), types | {"logits": f"*{dtype}"}, words=(dtype,))
-        for width in CLASSES
-        for dtype in ("fp32", "bf16", "fp16")
-    ]
+def compile_forms():
+    """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
+    for width in CLASSES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield _assign_ranks_kernel, (dtype, width)

@@ -1,43 +1,95 @@
 """Attention between groups of tokens in Triton: one pass over the keys, G running sums beside the running maximum.
 
-    list    (prefill) the rows whose queries count, in ascending order; the keys' range; which blocks of keys are of
-            one group: one program a batch row, B (Sq + Sk) integers.
+    list    (prefill) the rows whose queries count, in ascending order, then the others; the keys' range; which blocks
+            of keys are of one group: one program a batch row, B (Sq + Sk / BLOCK_N) integers.
     sums    a program takes BLOCK_M of the Sq H / Hk rows that share a key head and streams the keys they see: one
             product by tensor cores (float32: fused multiply-adds), one exp2 and one sum per pair, a masked sum per
             group only in blocks of several groups. Decode splits the keys over programs, so that the whole card
             reads K once.
-    reduce  splits are combined, rows normalised and summed by the group of their query, in a fixed order.
+    reduce  splits are combined, rows summed by the group of their query, in a fixed order.
 Cost: 2 B H Sq Sk D operations, half of that where causal: half of a flash forward's, which has V too. With lse given
 there is no maximum to keep. Memory: (G + 1) floats a row and split.
     S 3072, H 32, D 128, causal, bf16 on an H200: 39 GFLOP is 49 us at 790 TFLOP/s, 151 M exponentials are 36 us at 16 a
     clock and multiprocessor; they overlap in part. Decode, Sk 3072: 25 MB of K is 5.9 us at 4.3 TB/s.
 
-None of this has run on a GPU yet: it runs in Triton's interpreter and compiles for every architecture without spills.
+The order of summation depends on sizes and on which rows count: strides, batch and other heads change no bit.
 """
 
+import functools
 import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
-from ._shared import INF, OPTIONS, access, compile_job, multiprocessors, on
+from ._launch import INTERPRETED, TYPES, Form, cdiv, kernel, next_power_of_2, on, workspace
+from ._shared import INF
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MIXED = tl.constexpr(-1)  # code of a block of keys that is not of one group
 DECODE_ROWS = 16  # up to this many rows a key head, keys are split over programs
-LIST = {"BLOCK_S": 1024, "num_warps": 8}
-REDUCE = {"BLOCK_S": 128, "num_warps": 4}
+DECODE_PROGRAMS = 256  # of a batch row, if it has that many keys; the batch's size would change bits
+DECODE_SPLITS = 64
+LIST = {"BLOCK_S": 1024}, {"num_warps": 8}
+REDUCE = {"BLOCK_S": 512}, {"num_warps": 8}
+REDUCE_DECODE = {"BLOCK_S": DECODE_ROWS}, {"num_warps": 4}
 
-_kernel = triton.jit(
-    do_not_specialize=(
-        "B", "H", "R", "Sq", "Sk", "groups", "tiles", "splits", "scale",
-        "group_b", "group_s", "key_group_b", "key_group_s", "lse_b", "lse_h", "lse_s",
-    ),
-    do_not_specialize_on_alignment=("group", "key_group", "rows", "codes", "control", "sums", "tops", "lse", "mass"),
-)  # fmt: skip
+# Types of arguments that have these names in any kernel, if they are there at all.
+STRIDES = ("query_b", "query_h", "query_s", "key_b", "key_h", "key_s")
+SIDE_STRIDES = ("lse_b", "lse_h", "lse_s", "group_b", "group_s", "key_group_b", "key_group_s")
+LISTS = ("rows", "codes", "control")
+ARGS = dict.fromkeys(("lse", "sums", "tops", "found", "mass", "received"), "*fp32") | {"scale": "fp32"}
+ARGS |= dict.fromkeys(LISTS, "*i32") | dict.fromkeys((*STRIDES, *SIDE_STRIDES), "i64")
+
+
+@functools.cache
+def tiles(element, D, prefill):
+    """Tile sizes and launch options of the sums by bytes of an element; WHOLE: a row's features at once, else in steps
+    of BLOCK_D."""
+    if element == 2:
+        width = max(16, next_power_of_2(D))
+        rows = 128 if width == 128 else 64
+        rows = 16 if not prefill else rows if D % 16 == 0 else min(64, 8192 // width)  # more would spill
+        tile = {"BLOCK_M": rows, "BLOCK_N": 64 if width <= 128 else 32, "BLOCK_D": width, "WHOLE": True}
+        return tile, {"num_warps": 8 if prefill else 4, "num_stages": 2 if D % 16 else 3}
+    tile = {"BLOCK_M": 64 if prefill else 16, "BLOCK_N": 32 if prefill else 64, "BLOCK_D": 16, "WHOLE": False}
+    return tile, {"num_warps": 8, "num_stages": 2}
+
+
+def read(dtype, D):
+    """Types and multiples of 16 of query and key: `readable` leaves one layout for each D."""
+    return {"query": TYPES[dtype], "key": TYPES[dtype]}, () if D % 16 else ("query", "key", *STRIDES)
+
+
+def sides(group, key_group):
+    """Types and kinds (0 none, 1 groups, 2 a mask) of groups by their dtypes, None where all tokens are of group 0."""
+    kinds = {name: int(own is not None) + (own == torch.bool) for name, own in (("QUERY", group), ("KEY", key_group))}
+    return {"group": TYPES.get(group), "key_group": TYPES.get(key_group)}, kinds
+
+
+def _list_form(block, group, key_group):
+    types, kinds = sides(group, key_group)
+    return Form(types, {**kinds, "BLOCK_N": block, **LIST[0]}, LIST[1])
+
+
+def _sums_form(dtype, D, causal, G, listed, has_lse, split, group, key_group):
+    types, kinds = sides(group, key_group)
+    tensors, divisible = read(dtype, D)
+    types |= tensors | ({} if listed else dict.fromkeys(LISTS))
+    types |= ({} if has_lse else {"lse": None}) | ({"found": None} if split else {"tops": None})
+    tile, options = tiles(dtype.itemsize, D, listed)
+    forms = {"CAUSAL": causal, "HAS_LSE": has_lse, "LISTED": listed, "SPLIT": split, **kinds}
+    return Form(types, {"G": G, "GROUPS": next_power_of_2(G), "D": D, **forms, **tile}, options, divisible)
+
+
+def _reduce_form(G, listed, combine, group):
+    types, kinds = sides(group, None)
+    types = {"group": types["group"], **({} if listed else {"rows": None, "control": None})}
+    types |= {} if combine else {"tops": None, "found": None}
+    tile, options = REDUCE if listed else REDUCE_DECODE
+    forms = {"COMBINE": combine, "LISTED": listed, "QUERY": kinds["QUERY"], "SPLITS": 1 if listed else DECODE_SPLITS}
+    return Form(types, {"G": G, "GROUPS": next_power_of_2(G), **forms, **tile}, options)
 
 
 @triton.jit
@@ -53,20 +105,21 @@ def group_of(group, offset, inside, G, KIND: tl.constexpr):
     return found
 
 
-@_kernel
+@kernel(_list_form, **ARGS)
 def _attention_list_kernel(
     group, key_group, rows, codes, control, group_b, group_s, key_group_b, key_group_s, Sq, Sk, groups,
     QUERY: tl.constexpr, KEY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """rows [B, Sq]: the counted ones; control [B, 3]: how many, first and last block with a key; codes [B, blocks]."""
+    """rows [B, Sq]: the counted ones, then the others from behind; codes [B, blocks]; control [B, 3]: how many rows
+    count, first and last block with a key."""
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_S)
     count = tl.full([], 0, tl.int32)
     for start in range(0, Sq, BLOCK_S):
         s = start + lane
         live = group_of(group, b * group_b + s.to(tl.int64) * group_s, s < Sq, groups, QUERY) >= 0
-        place = count + tl.cumsum(live.to(tl.int32), 0) - 1
-        tl.store(rows + b * Sq + place, s, mask=live)
+        before = count + tl.cumsum(live.to(tl.int32), 0)  # itself too
+        tl.store(rows + b * Sq + tl.where(live, before - 1, Sq - 1 - s + before), s, mask=s < Sq)
         count += tl.sum(live.to(tl.int32), 0)
     tl.store(control + b * 3, count)
     blocks = tl.cdiv(Sk, BLOCK_N)
@@ -87,10 +140,11 @@ def _attention_list_kernel(
 
 @triton.jit
 def logits(
-    queries, keys, row_ok, key_ok, q, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    queries, keys, row_ok, key_ok, q, given, scale, HAS_LSE: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Products [M, N] of rows and keys, both given by pointers to first features; WHOLE: the rows are in q already."""
+    """Logits [M, N] of rows and keys, less the lse given, in base 2. Rows and keys are pointers to first features;
+    WHOLE: the rows are in q already."""
     lane = tl.arange(0, BLOCK_D)
     if WHOLE:
         k = tl.load(keys[None, :] + lane[:, None], mask=key_ok[None, :] & (lane < D)[:, None], other=0.0)
@@ -102,20 +156,24 @@ def logits(
             own = tl.load(queries[:, None] + (d + lane)[None, :], mask=row_ok[:, None] & inside[None, :], other=0.0)
             k = tl.load(keys[None, :] + (d + lane)[:, None], mask=key_ok[None, :] & inside[:, None], other=0.0)
             dots = tl.dot(own, k, dots, input_precision="ieee")
-    return dots
+    s = tl.fma(dots, scale * LOG2E, 0.0)  # a plain product would be fused in one kernel and rounded in another
+    if HAS_LSE:
+        s = tl.fma(dots, scale, -given[:, None]) * LOG2E
+    return s
 
 
-@_kernel
+@kernel(_sums_form, **ARGS)
 def _attention_sums_kernel(
-    query, key, lse, group, key_group, rows, codes, control, sums, tops,
+    query, key, lse, group, key_group, rows, codes, control, sums, tops, found,
     query_b, query_h, query_s, key_b, key_h, key_s, lse_b, lse_h, lse_s, group_b, group_s, key_group_b, key_group_s,
     H, R, Sq, Sk, tiles, splits, scale,
     G: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LSE: tl.constexpr,
-    LISTED: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    LISTED: tl.constexpr, SPLIT: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """sums [B, H, Sq, splits, G]: of exp2(logit - top) by key group; tops [B, H, Sq, splits]. R = H / Hk.
+    """sums [B, H, Sq, splits, G]: of exp2(logit - top) by key group. R = H / Hk.
 
+    SPLIT: tops [B, H, Sq, splits]. Else the top is lse, given or of the row's only split, and found [B, H, Sq] is lse.
     Row m of a key head is query head m % R of the (m // R)-th counted query. GROUPS: G rounded up to a power of two.
     """
     split = tl.program_id(0) % splits
@@ -129,17 +187,25 @@ def _attention_sums_kernel(
         count = tl.load(control + b * 3)
         lo = tl.load(control + b * 3 + 1)
         hi = tl.load(control + b * 3 + 2) + 1
-    if tile * BLOCK_M >= count * R:
-        return
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t = m // R
     ok = t < count
     h = key_head * R + m % R
     position = t
     if LISTED:
-        position = tl.load(rows + b * Sq + t, mask=ok, other=0)
+        position = tl.load(rows + b * Sq + t, mask=t < Sq, other=0)
     else:
         ok = group_of(group, b * group_b + t.to(tl.int64) * group_s, ok, G, QUERY) >= 0
+    given = tl.full([BLOCK_M], -INF, tl.float32)
+    top = given
+    if HAS_LSE:
+        given = tl.load(lse + b * lse_b + h * lse_h + position.to(tl.int64) * lse_s, mask=t < Sq, other=-INF)
+        tl.store(found + (b * H + h) * Sq + position, given, mask=(t < Sq) & (split == 0))
+        given = tl.where(ok & (given != -INF), given, INF)  # sees nothing: every exp2 is 0
+    elif not SPLIT:
+        tl.store(found + (b * H + h) * Sq + position, top, mask=(t < Sq) & (t >= count))
+    if tile * BLOCK_M >= count * R:
+        return
     sight = tl.where(ok, Sk - 1, -1)  # last key that a row may see
     if CAUSAL:
         sight = tl.where(ok, position + Sk - Sq, -1)
@@ -154,23 +220,18 @@ def _attention_sums_kernel(
     q = tl.zeros([BLOCK_M, 1], tl.float32)
     if WHOLE:
         q = tl.load(queries[:, None] + lane[None, :], mask=ok[:, None] & (lane < D)[None, :], other=0.0)
-    row = (b * H + h) * Sq + t
-    top = tl.full([BLOCK_M], -INF, tl.float32)
-    if HAS_LSE:
-        given = tl.load(lse + b * lse_b + h * lse_h + position.to(tl.int64) * lse_s, mask=ok, other=-INF)
-        top = tl.where(given == -INF, INF, given * LOG2E)  # sees nothing: every exp2 is 0
     total = tl.zeros([BLOCK_M, GROUPS], tl.float32)
     g = tl.arange(0, GROUPS)
     for block in range(lo, hi):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         keys = key + b * key_b + key_head * key_h + n.to(tl.int64) * key_s
-        s = logits(queries, keys, ok, n < Sk, q, D, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE) * (scale * LOG2E)
-        found = group_of(key_group, b * key_group_b + n.to(tl.int64) * key_group_s, n < Sk, G, KEY)
+        s = logits(queries, keys, ok, n < Sk, q, given, scale, HAS_LSE, D, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE)
+        own = group_of(key_group, b * key_group_b + n.to(tl.int64) * key_group_s, n < Sk, G, KEY)
         code = tl.full([], MIXED, tl.int32)
         if LISTED:
             code = tl.load(codes + b * blocks + block)
         if (code < 0) | (block >= whole):
-            seen = (found >= 0)[None, :] & (n[None, :] <= sight[:, None])
+            seen = (own >= 0)[None, :] & (n[None, :] <= sight[:, None])
             s = tl.where(seen, s, -INF)
         if not HAS_LSE:
             higher = tl.maximum(top, tl.max(s, 1))
@@ -179,64 +240,68 @@ def _attention_sums_kernel(
             top = higher
             p = tl.exp2(s - safe[:, None])
         else:
-            p = tl.exp2(s - top[:, None])
+            p = tl.exp2(s)
         if code >= 0:
             total += tl.where((g == code)[None, :], tl.sum(p, 1)[:, None], 0.0)
         else:
             for one in range(G):
-                part = tl.sum(tl.where((found == one)[None, :], p, 0.0), 1)
+                part = tl.sum(tl.where((own == one)[None, :], p, 0.0), 1)
                 total += tl.where((g == one)[None, :], part[:, None], 0.0)
-    place = row * splits + split
-    tl.store(tops + place, top, mask=ok)
+    place = ((b * H + h) * Sq + t) * splits + split
+    if SPLIT:
+        tl.store(tops + place, top, mask=ok)
+    elif not HAS_LSE:
+        whole = tl.sum(total, 1)
+        log = tl.where(whole == 0.0, -INF, (top + tl.log2(whole)) * LN2)
+        tl.store(found + (b * H + h) * Sq + position, log, mask=ok)
+        total = tl.div_rn(total, tl.where(whole == 0.0, 1.0, whole)[:, None])
     tl.store(sums + place[:, None] * G + g[None, :], total, mask=ok[:, None] & (g < G)[None, :])
 
 
-@_kernel
+@triton.jit
+def weights(tops, place, there):
+    """Tops [M] of rows and what their splits count [M, SPLITS]: exp2 of a split's top minus that of the row."""
+    own = tl.load(tops + place, mask=there, other=-INF)
+    top = tl.max(own, 1)
+    return top, tl.exp2(own - tl.where(top == -INF, 0.0, top)[:, None])
+
+
+@kernel(_reduce_form, **ARGS)
 def _attention_reduce_kernel(
-    sums, tops, group, rows, control, mass, lse, group_b, group_s, H, Sq, splits,
-    G: tl.constexpr, GROUPS: tl.constexpr, HAS_LSE: tl.constexpr, LISTED: tl.constexpr, QUERY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    sums, tops, group, rows, control, mass, found, group_b, group_s, H, Sq, splits,
+    G: tl.constexpr, GROUPS: tl.constexpr, COMBINE: tl.constexpr, LISTED: tl.constexpr, QUERY: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """mass [B, H, G, G] and, unless it was given, lse [B, H, Sq]; one program per head."""
+    """mass [B, H, G, G] and, of rows to COMBINE, lse found [B, H, Sq]; one program per head."""
     b = (tl.program_id(0) // H).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * Sq
-    lane = tl.arange(0, BLOCK_S)
     g = tl.arange(0, GROUPS)
-    if not HAS_LSE:
-        for start in range(0, Sq, BLOCK_S):
-            s = start + lane
-            live = group_of(group, b * group_b + s.to(tl.int64) * group_s, s < Sq, G, QUERY) >= 0
-            tl.store(lse + row + s, -INF, mask=(s < Sq) & (live == 0))
+    split = tl.arange(0, SPLITS)
     count = Sq
     if LISTED:
         count = tl.load(control + b * 3)
     acc = tl.zeros([GROUPS, GROUPS], tl.float32)
     for start in range(0, count, BLOCK_S):
-        t = start + lane
+        t = start + tl.arange(0, BLOCK_S)
         position = t
         if LISTED:
             position = tl.load(rows + b * Sq + t, mask=t < count, other=0)
-        found = group_of(group, b * group_b + position.to(tl.int64) * group_s, t < count, G, QUERY)
-        ok = found >= 0
-        top = tl.full([BLOCK_S], -INF, tl.float32)
-        total = tl.zeros([BLOCK_S, GROUPS], tl.float32)
-        for split in range(splits):
-            place = (row + t) * splits + split
-            own = tl.load(sums + place[:, None] * G + g[None, :], mask=ok[:, None] & (g < G)[None, :], other=0.0)
-            if HAS_LSE:
-                total += own
-            else:
-                own_top = tl.load(tops + place, mask=ok, other=-INF)
-                higher = tl.maximum(top, own_top)
-                safe = tl.where(higher == -INF, 0.0, higher)
-                total = total * tl.exp2(top - safe)[:, None] + own * tl.exp2(own_top - safe)[:, None]
-                top = higher
-        if not HAS_LSE:
+        own = group_of(group, b * group_b + position.to(tl.int64) * group_s, t < count, G, QUERY)
+        place = (row + t)[:, None] * splits + split[None, :]
+        there = (own >= 0)[:, None] & (split < splits)[None, :]
+        known = there[:, :, None] & (g < G)[None, None, :]
+        parts = tl.load(sums + place[:, :, None] * G + g[None, None, :], mask=known, other=0.0)
+        if COMBINE:
+            top, weight = weights(tops, place, there)
+            total = tl.sum(parts * weight[:, :, None], 1)
             whole = tl.sum(total, 1)
-            tl.store(lse + row + position, tl.where(whole == 0.0, -INF, (top + tl.log2(whole)) * LN2), mask=ok)
-            total = total / tl.where(whole == 0.0, 1.0, whole)[:, None]
+            log = tl.where(whole == 0.0, -INF, (top + tl.log2(whole)) * LN2)
+            tl.store(found + row + t, log, mask=t < Sq)
+            total = tl.div_rn(total, tl.where(whole == 0.0, 1.0, whole)[:, None])
+        else:
+            total = tl.sum(parts, 1)
         for one in range(G):
-            part = tl.sum(tl.where((found == one)[:, None], total, 0.0), 0)
+            part = tl.sum(tl.where((own == one)[:, None], total, 0.0), 0)
             acc += tl.where((g == one)[:, None], part[None, :], 0.0)
     place = tl.program_id(0).to(tl.int64) * G * G + g[:, None] * G + g[None, :]
     tl.store(mass + place, acc, mask=(g < G)[:, None] & (g < G)[None, :])
@@ -244,140 +309,106 @@ def _attention_reduce_kernel(
 
 def attention_mass(query, key, query_group, key_group, groups, causal, scale, lse):
     """query [B, H, Sq, D], key [B, Hk, Sk, D], features side by side; the arguments are checked by pruneops.ops."""
-    B, H, Sq, _ = query.shape
-    query, key = readable(query, key)
-    mass = torch.empty(B, H, groups, groups, dtype=torch.float32, device=query.device)
-    if mass.numel() == 0 or Sq == 0 or key.shape[2] == 0:
-        found = torch.full((B, H, Sq), -torch.inf, device=query.device) if lse is None else lse.clone()
-        return mass.zero_(), found
-    with on(query.device):
-        lists = Lists(query, key, query_group, key_group, groups)
-        found = _sums(query, key, lists, groups, causal, scale, lse, mass, 1)
+    (B, H, Sq, D), (_, Hk, Sk, _), device = query.shape, key.shape, query.device
+    mass = torch.empty((B, H, groups, groups), dtype=torch.float32, device=device)
+    found = torch.empty((B, H, Sq), dtype=torch.float32, device=device)
+    if not (B and H and Sq and Sk):
+        return mass.zero_(), found.fill_(-torch.inf) if lse is None else found.copy_(lse)
+    listed = Sq * H > DECODE_ROWS * Hk
+    combine = lse is None and not listed
+    with on(query):
+        call = Call(query, key, query_group, key_group, (B, H, Hk, Sq, Sk, D), device, listed, groups, combine)
+        call.launch_sums(causal, scale, lse, found)
+        _attention_reduce_kernel(
+            (groups, listed, combine, query_group.dtype), (B * H, 1, 1),
+            call.sums, call.tops, query_group, call.rows, call.control, mass, found,
+            *call.group_strides[:2], H, Sq, call.splits,
+        )  # fmt: skip
     return mass, found
 
 
-def readable(query, key):
-    """The interpreter's bfloat16 products are wrong."""
-    return (query.float(), key.float()) if interpreting() else (query, key)
+def readable(x):
+    """x [B, H, S, D] as the kernels read it, and its strides: if 16 divides D, every row starts on 16 elements and 16
+    bytes."""
+    x = x.float() if INTERPRETED else x  # the interpreter's bfloat16 products are wrong
+    b, h, s, _ = x.stride()
+    if (b | h | s | x.data_ptr()) & 15 and x.shape[-1] % 16 == 0:
+        x = x.clone(memory_format=torch.contiguous_format)
+        b, h, s, _ = x.stride()
+    return x, b, h, s
 
 
-class Lists:
-    """Which rows and keys there are: groups, masks or None, and in prefill the lists made of them."""
+class Call:
+    """What the launches of one call share: tensors, strides, and one allocation of lists and sums.
 
-    def __init__(self, query, key, query_group, key_group, groups):
-        (self.group, self.query_kind), (self.key_group, self.key_kind) = _kind(query_group), _kind(key_group)
-        B, H, Sq, D = query.shape
-        Sk = key.shape[2]
-        self.ratio = H // key.shape[1]
-        self.listed = Sq * self.ratio > DECODE_ROWS
-        self.tiles = tiles(access(query), access(key), D, self.listed)
-        self.rows = self.codes = self.control = None
-        if self.listed:
-            block = self.tiles["BLOCK_N"]
-            ints = {"dtype": torch.int32, "device": query.device}
-            self.rows, self.control = torch.empty(B, Sq, **ints), torch.empty(B, 3, **ints)
-            self.codes = torch.empty(B, triton.cdiv(Sk, block), **ints)
-            _attention_list_kernel[B,](
-                self.group, self.key_group, self.rows, self.codes, self.control, *self.strides, Sq, Sk, groups,
-                QUERY=self.query_kind, KEY=self.key_kind, BLOCK_N=block, **LIST, **OPTIONS,
-            )  # fmt: skip
+    Parameters
+    ----------
+    sizes : (B, H, Hk, Sq, Sk, D)
+    listed : bool
+        Prefill: the rows that count are listed; their keys are split as `splits` says.
+    G : int
+        Groups of keys to sum over; 0: there are no sums.
+    split : bool
+        Sums of splits are left apart, each with its top.
+    """
 
-    @property
-    def strides(self):
-        """Of the query and key groups."""
-        return [s for t in (self.group, self.key_group) for s in ((0, 0) if t is None else t.stride())]
+    def __init__(self, query, key, group, key_group, sizes, device, listed, G, split, splits=1):
+        B, H, Hk, Sq, Sk, D = self.sizes = sizes
+        self.query, *query_strides = readable(query)
+        self.key, *key_strides = readable(key)
+        self.strides = *query_strides, *key_strides
+        self.group, group_dtype, group_strides = _side(group)
+        self.key_group, key_group_dtype, key_group_strides = _side(key_group)
+        self.dtypes = group_dtype, key_group_dtype
+        self.group_strides = *group_strides, *key_group_strides
+        self.listed, self.G, self.split = listed, G, split
+        self.tile = tiles(self.query.dtype.itemsize, D, listed)[0]
+        block = self.tile["BLOCK_N"]
+        blocks = cdiv(Sk, block)
+        if not listed:
+            splits = min(DECODE_SPLITS, cdiv(DECODE_PROGRAMS, Hk), cdiv(blocks, 2))
+        self.splits, cells = splits, B * H * Sq * splits
+        parts = (torch.float32, G * cells), (torch.float32, cells if split else 0)
+        if not listed:
+            self.rows = self.codes = self.control = None
+            self.memory, self.sums, self.tops = workspace(device, *parts) if G else (None, None, None)
+            return
+        parts += (torch.int32, B * Sq), (torch.int32, B * blocks), (torch.int32, 3 * B)
+        self.memory, self.sums, self.tops, self.rows, self.codes, self.control = workspace(device, *parts)
+        _attention_list_kernel(
+            (block, group_dtype, key_group_dtype), (B, 1, 1),
+            group, key_group, self.rows, self.codes, self.control, *self.group_strides, Sq, Sk, max(G, 1),
+        )  # fmt: skip
 
-
-def _kind(group):
-    """(tensor, 0 none / 1 groups / 2 mask)"""
-    if group is None:
-        return None, 0
-    return (group.view(torch.uint8), 2) if group.dtype == torch.bool else (group, 1)
-
-
-def row_lse(query, key, lists, causal, scale):
-    """lse [B, H, Sq] of the rows that count."""
-    mass = torch.empty(*query.shape[:2], 1, 1, dtype=torch.float32, device=query.device)
-    few_rows = 1 if lists.group is None else min(8, triton.cdiv(key.shape[2], 512))  # how few is not known here
-    return _sums(query, key, lists, 1, causal, scale, None, mass, few_rows)
-
-
-def _sums(query, key, lists, G, causal, scale, lse, mass, splits):
-    """Fills mass and returns lse; at least `splits` programs share the keys of a row."""
-    B, H, Sq, D = query.shape
-    Hk, Sk = key.shape[1:3]
-    config = lists.tiles
-    row_tiles = triton.cdiv(Sq * lists.ratio, config["BLOCK_M"])
-    programs = B * Hk * row_tiles
-    if not lists.listed:
-        wanted = triton.cdiv(2 * multiprocessors(query.device), programs)
-        splits = max(1, min(wanted, triton.cdiv(Sk, 2 * config["BLOCK_N"])))
-    floats = {"dtype": torch.float32, "device": query.device}
-    sums, tops = torch.empty(B, H, Sq, splits, G, **floats), torch.empty(B, H, Sq, splits, **floats)
-    found = torch.empty(B, H, Sq, **floats) if lse is None else lse.clone()
-    groups = {"G": G, "GROUPS": triton.next_power_of_2(G)}
-    forms = {"HAS_LSE": lse is not None, "LISTED": lists.listed, "QUERY": lists.query_kind}
-    _attention_sums_kernel[programs * splits,](
-        query, key, lse, lists.group, lists.key_group, lists.rows, lists.codes, lists.control, sums, tops,
-        *query.stride()[:3], *key.stride()[:3], *((0, 0, 0) if lse is None else lse.stride()), *lists.strides,
-        H, lists.ratio, Sq, Sk, row_tiles, splits, float(scale),
-        D=D, CAUSAL=causal, KEY=lists.key_kind, **groups, **forms, **config, **OPTIONS,
-    )  # fmt: skip
-    _attention_reduce_kernel[B * H,](
-        sums, tops, lists.group, lists.rows, lists.control, mass, found, *lists.strides[:2], H, Sq, splits,
-        **groups, **forms, **REDUCE, **OPTIONS,
-    )  # fmt: skip
-    return found
+    def launch_sums(self, causal, scale, lse, found):
+        """Fills the sums, and found unless split."""
+        B, H, Hk, Sq, Sk, D = self.sizes
+        R = H // Hk
+        row_tiles = cdiv(Sq * R, self.tile["BLOCK_M"])
+        _attention_sums_kernel(
+            (self.query.dtype, D, causal, self.G, self.listed, lse is not None, self.split, *self.dtypes),
+            (B * Hk * row_tiles * self.splits, 1, 1),
+            self.query, self.key, lse, self.group, self.key_group, self.rows, self.codes, self.control, self.sums,
+            self.tops, found, *self.strides, *((0, 0, 0) if lse is None else lse.stride()), *self.group_strides,
+            H, R, Sq, Sk, row_tiles, self.splits, float(scale),
+        )  # fmt: skip
 
 
-def tiles(query_access, key_access, D, prefill):
-    """Tile sizes and launch options of the sums; WHOLE: a row's features at once, else in steps of BLOCK_D."""
-    if "half" in (query_access, key_access) and "float" not in (query_access, key_access):
-        width = max(16, triton.next_power_of_2(D))
-        rows = 16 if not prefill else 128 if width == 128 else 64
-        stages = 2 if "unaligned" in (query_access, key_access) else 3
-        return {
-            "BLOCK_M": rows, "BLOCK_N": 64 if width <= 128 else 32, "BLOCK_D": width, "WHOLE": True,
-            "num_warps": 8 if prefill else 4, "num_stages": stages,
-        }  # fmt: skip
-    rows = 64 if prefill else 16
-    return {
-        "BLOCK_M": rows,
-        "BLOCK_N": 32 if prefill else 64,
-        "BLOCK_D": 16,
-        "WHOLE": False,
-        "num_warps": 8,
-        "num_stages": 2,
-    }
+def _side(group):
+    """(groups, dtype, strides)"""
+    return (None, None, (0, 0)) if group is None else (group, group.dtype, group.stride())
 
 
-TYPES = {"rows": "*i32", "codes": "*i32", "control": "*i32", "scale": "fp32"}
-TYPES |= {name: "*fp32" for name in ("lse", "sums", "tops", "mass", "received")}
-STRIDES = ("query_b", "query_h", "query_s", "key_b", "key_h", "key_s")
-
-
-def compile_jobs():
-    """Every kind of configuration that the launchers above can ask for, to be compiled without a GPU."""
-    jobs = []
-    groups = {"group": "*i64", "key_group": "*i64"}
-    masks = {"group": "*u8", "key_group": "*u8"}
-    for block, (types, kind) in itertools.product((32, 64), ((groups, 1), (masks, 2))):
-        forms = {"QUERY": kind, "KEY": kind, "BLOCK_N": block}
-        jobs.append(compile_job(_attention_list_kernel, LIST, TYPES | types, words=(), **forms))
-    for G, has_lse, listed in ((1, False, True), (4, True, False), (8, False, True), (4, False, False)):
-        forms = {"G": G, "GROUPS": triton.next_power_of_2(G), "HAS_LSE": has_lse, "LISTED": listed, "QUERY": 1}
-        jobs.append(compile_job(_attention_reduce_kernel, REDUCE, TYPES | groups, words=(), **forms))
-        for dtype, D, aligned in (
-            ("bf16", 128, True), ("fp16", 64, True), ("bf16", 256, True), ("fp16", 80, True), ("bf16", 72, False),
-            ("fp32", 128, True), ("fp32", 33, False),
-        ):  # fmt: skip
-            kind = "unaligned" if not aligned else "float" if dtype == "fp32" else "half"
-            config = tiles(kind, kind if dtype != "fp32" else "float", D, listed)
-            types = TYPES | groups | {"query": f"*{dtype}", "key": f"*{dtype}"}
-            divisible = ("query", "key", *STRIDES) if aligned else ()
-            jobs.append(
-                compile_job(
-                    _attention_sums_kernel, config, types, divisible, (dtype,), D=D, CAUSAL=True, KEY=1, **forms
-                )
-            )
-    return jobs
+def compile_forms():
+    """(kernel, form) of every kind of form that the launchers above can ask for, to be compiled without a GPU."""
+    half, brain, full, groups, mask = torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool
+    for block, dtype in itertools.product((32, 64), (groups, mask)):
+        yield _attention_list_kernel, (block, dtype, dtype)
+    for G, listed, combine in ((8, True, False), (8, False, False), (8, False, True), (1, True, False)):
+        yield _attention_reduce_kernel, (G, listed, combine, torch.int32 if G == 1 else groups)
+    tensors = (brain, 128), (half, 64), (brain, 256), (half, 80), (brain, 72), (half, 200), (full, 128), (full, 33)
+    ends = (8, True, False, False), (4, True, True, False), (8, False, False, True), (4, False, True, False)
+    for (dtype, D), (G, listed, has_lse, split) in itertools.product(tensors, ends):
+        yield _attention_sums_kernel, (dtype, D, True, G, listed, has_lse, split, groups, groups)
+    for (dtype, D), listed in itertools.product(tensors, (True, False)):  # attention_received
+        yield _attention_sums_kernel, (dtype, D, True, 1, listed, False, True, mask, None)

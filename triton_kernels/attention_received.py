@@ -1,41 +1,60 @@
 """Attention that every key receives from marked queries, in Triton.
 
-Without lse the kernels of attention_mass first find that of the marked rows, in a pass over the keys. Then one program
-holds BLOCK_N keys and streams the marked rows that see them, gathered from a list: one product, one exp2 and one sum
-per pair; rows that nobody asked for cost nothing. A step takes all R = H / Hk heads that share the keys, so K is read
-once for them.
+Without lse the kernels of attention_mass first sum up the marked rows, in a pass over the keys. Then one program holds
+BLOCK_N keys and streams the marked rows that see them, gathered from a list: one product, one exp2 and one sum per
+pair; rows that nobody asked for cost nothing. A row's normaliser is put together from the sums of its splits, as they
+are: a logarithm between would cost an ulp of the logit. A step takes all R = H / Hk heads that share the keys, so K is
+read once for them.
 Cost: 2 B H (marked rows) Sk D operations a pass; FastV's last row: K read once, 25 MB at S 3072, H 32, D 128, bf16.
-
-None of this has run on a GPU yet: it runs in Triton's interpreter and compiles for every architecture without spills.
 """
 
+import functools
+
 import torch
-import triton
 import triton.language as tl
 
-from ._shared import INF, OPTIONS, access, compile_job, on
-from .attention_mass import LOG2E, STRIDES, TYPES, Lists, group_of, logits, readable, row_lse
+from ._launch import Form, cdiv, kernel, next_power_of_2, on
+from ._shared import INF
+from .attention_mass import ARGS, DECODE_ROWS, DECODE_SPLITS, Call, group_of, logits, read, sides, weights
 
 ROWS = 64  # of a step
-
-_kernel = triton.jit(
-    do_not_specialize=(
-        "B", "H", "R", "Sq", "Sk", "scale",
-        "group_b", "group_s", "key_group_b", "key_group_s", "lse_b", "lse_h", "lse_s",
-    ),
-    do_not_specialize_on_alignment=("group", "key_group", "rows", "control", "lse", "received"),
-)  # fmt: skip
+LISTED_SPLITS = 8  # of keys of marked rows; how few rows there are is not known on the host
 
 
-@_kernel
+@functools.cache
+def tiles(element, D, ratio, listed):
+    """Tile sizes and launch options by bytes of an element; WHOLE: a row's features at once, else in steps of
+    BLOCK_D."""
+    heads, width = next_power_of_2(ratio), max(16, next_power_of_2(D))
+    most = DECODE_ROWS if not listed else ROWS if width <= 128 else ROWS // 2
+    tile = {"BLOCK_T": max(1, most // heads), "R_PAD": heads, "BLOCK_N": 64}
+    if element == 2:
+        tile |= {"BLOCK_D": width, "WHOLE": True}
+        return tile, {"num_warps": 8, "num_stages": 2} if D % 16 else {"num_warps": 4, "num_stages": 3}
+    return tile | {"BLOCK_D": 16, "WHOLE": False}, {"num_warps": 8, "num_stages": 2}
+
+
+def _form(dtype, D, ratio, causal, listed, has_lse, group, key_group):
+    types, kinds = sides(group, key_group)
+    tensors, divisible = read(dtype, D)
+    types |= tensors | ({} if listed else {"rows": None, "control": None})
+    types |= {"sums": None, "tops": None} if has_lse else {"lse": None}
+    splits = DECODE_SPLITS if not listed else LISTED_SPLITS if kinds["QUERY"] else 1
+    forms = {"CAUSAL": causal, "HAS_LSE": has_lse, "LISTED": listed, "SPLITS": splits, **kinds}
+    tile, options = tiles(dtype.itemsize, D, ratio, listed)
+    return Form(types, {"D": D, **forms, **tile}, options, divisible)
+
+
+@kernel(_form, **ARGS)
 def _attention_received_kernel(
-    query, key, lse, group, key_group, rows, control, received,
+    query, key, lse, group, key_group, rows, control, sums, tops, received,
     query_b, query_h, query_s, key_b, key_h, key_s, lse_b, lse_h, lse_s, group_b, group_s, key_group_b, key_group_s,
-    H, R, Sq, Sk, scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    H, R, Sq, Sk, splits, scale,
+    D: tl.constexpr, CAUSAL: tl.constexpr, HAS_LSE: tl.constexpr, LISTED: tl.constexpr, SPLITS: tl.constexpr,
+    QUERY: tl.constexpr, KEY: tl.constexpr,
     BLOCK_T: tl.constexpr, R_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """received [B, H, Sk]. BLOCK_T rows of R_PAD heads a step."""
+    """received [B, H, Sk]. BLOCK_T rows of R_PAD heads a step. Without lse: sums and tops [B, H, Sq, splits]."""
     blocks = tl.cdiv(Sk, BLOCK_N)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     key_head = (tl.program_id(0) // blocks % (H // R)).to(tl.int64)
@@ -68,13 +87,25 @@ def _attention_received_kernel(
         q = tl.zeros([BLOCK_T * R_PAD, 1], tl.float32)
         if WHOLE:
             q = tl.load(queries[:, None] + lane[None, :], mask=ok[:, None] & (lane < D)[None, :], other=0.0)
-        s = logits(queries, keys, ok, n < Sk, q, D, BLOCK_T * R_PAD, BLOCK_N, BLOCK_D, WHOLE) * (scale * LOG2E)
-        given = tl.load(lse + b * lse_b + h * lse_h + position.to(tl.int64) * lse_s, mask=ok, other=-INF)
-        top = tl.where(given == -INF, INF, given * LOG2E)  # sees nothing: every exp2 is 0
+        top = tl.full([BLOCK_T * R_PAD], -INF, tl.float32)
+        if HAS_LSE:
+            top = tl.load(lse + b * lse_b + h * lse_h + position.to(tl.int64) * lse_s, mask=ok, other=-INF)
+        else:
+            split = tl.arange(0, SPLITS)
+            place = ((b * H + h) * Sq + t)[:, None] * splits + split[None, :]
+            there = ok[:, None] & (split < splits)[None, :]
+            top, weight = weights(tops, place, there)
+            whole = tl.sum(tl.load(sums + place, mask=there, other=0.0) * weight, 1)
+        top = tl.where(top == -INF, INF, top)  # sees nothing: every exp2 is 0
+        s = logits(queries, keys, ok, n < Sk, q, top, scale, HAS_LSE, D, BLOCK_T * R_PAD, BLOCK_N, BLOCK_D, WHOLE)
         seen = ok[:, None] & attended[None, :]
         if CAUSAL:
             seen = seen & (n[None, :] <= (position + Sk - Sq)[:, None])
-        p = tl.where(seen, tl.exp2(s - top[:, None]), 0.0)
+        if HAS_LSE:
+            p = tl.exp2(s)
+        else:
+            p = tl.exp2(s - top[:, None]) * tl.div_rn(1.0, tl.where(whole == 0.0, 1.0, whole))[:, None]
+        p = tl.where(seen, p, 0.0)
         acc += tl.sum(tl.reshape(p, [BLOCK_T, R_PAD, BLOCK_N]), 0)
     r = tl.arange(0, R_PAD)
     place = received + (b * H + key_head * R + r)[:, None] * Sk + n[None, :]
@@ -83,54 +114,36 @@ def _attention_received_kernel(
 
 def attention_received(query, key, query_mask, key_mask, causal, scale, lse):
     """query [B, H, Sq, D], key [B, Hk, Sk, D], features side by side; the arguments are checked by pruneops.ops."""
-    B, H, Sq, D = query.shape
-    Hk, Sk = key.shape[1:3]
-    query, key = readable(query, key)
-    received = torch.empty(B, H, Sk, dtype=torch.float32, device=query.device)
-    if received.numel() == 0 or Sq == 0:
+    (B, H, Sq, D), (_, Hk, Sk, _), device = query.shape, key.shape, query.device
+    received = torch.empty((B, H, Sk), dtype=torch.float32, device=device)
+    if not (B and H and Sq and Sk):
         return received.zero_()
-    config = tiles(access(query), access(key), D, H // Hk, Sq)
-    with on(query.device):
-        lists = Lists(query, key, query_mask, key_mask, 1)
-        lse = row_lse(query, key, lists, causal, scale) if lse is None else lse
-        _attention_received_kernel[B * Hk * triton.cdiv(Sk, config["BLOCK_N"]),](
-            query, key, lse, lists.group, lists.key_group, lists.rows, lists.control, received,
-            *query.stride()[:3], *key.stride()[:3], *lse.stride(), *lists.strides,
-            H, lists.ratio, Sq, Sk, float(scale),
-            D=D, CAUSAL=causal, LISTED=lists.listed, QUERY=lists.query_kind, KEY=lists.key_kind, **config, **OPTIONS,
+    R, listed, has_lse = H // Hk, Sq * H > DECODE_ROWS * Hk, lse is not None
+    few = 1 if query_mask is None else min(LISTED_SPLITS, cdiv(Sk, 512))
+    sizes, G = (B, H, Hk, Sq, Sk, D), 0 if has_lse else 1
+    with on(query):
+        call = Call(query, key, query_mask, key_mask, sizes, device, listed, G, not has_lse, few)
+        if not has_lse:
+            call.launch_sums(causal, scale, None, None)
+        query = call.query
+        block = tiles(query.dtype.itemsize, D, R, listed)[0]["BLOCK_N"]
+        _attention_received_kernel(
+            (query.dtype, D, R, causal, listed, has_lse, *call.dtypes), (B * Hk * cdiv(Sk, block), 1, 1),
+            query, call.key, lse, query_mask, key_mask, call.rows, call.control, call.sums, call.tops, received,
+            *call.strides, *(lse.stride() if has_lse else (0, 0, 0)), *call.group_strides,
+            H, R, Sq, Sk, call.splits, float(scale),
         )  # fmt: skip
     return received
 
 
-def tiles(query_access, key_access, D, ratio, Sq):
-    """Tile sizes and launch options; WHOLE: a row's features at once, else in steps of BLOCK_D."""
-    half = "half" in (query_access, key_access) and "float" not in (query_access, key_access)
-    heads = triton.next_power_of_2(ratio)
-    width = max(16, triton.next_power_of_2(D))
-    most = ROWS if width <= 128 else ROWS // 2
-    rows = max(1, (most if Sq > 1 else 16) // heads)
-    options = {
-        "num_warps": 4 if half else 8,
-        "num_stages": 3 if half and "unaligned" not in (query_access, key_access) else 2,
-    }
-    width = {"BLOCK_D": width, "WHOLE": True} if half else {"BLOCK_D": 16, "WHOLE": False}
-    return {"BLOCK_T": rows, "R_PAD": heads, "BLOCK_N": 64, **width, **options}
-
-
-def compile_jobs():
-    """Every kind of configuration that the launcher above can ask for, to be compiled without a GPU."""
-    jobs = []
-    for dtype, D, aligned, ratio, Sq, kind in (
-        ("bf16", 128, True, 1, 100, 2), ("fp16", 64, True, 7, 100, 2), ("bf16", 256, True, 1, 100, 0),
-        ("bf16", 128, True, 1, 1, 0), ("fp16", 128, True, 8, 1, 2), ("bf16", 72, False, 4, 100, 2),
-        ("fp32", 128, True, 1, 100, 2), ("fp32", 33, False, 7, 1, 2), ("fp32", 256, True, 64, 100, 2),
+def compile_forms():
+    """(kernel, form) of every kind of form that the launcher above can ask for, to be compiled without a GPU."""
+    half, brain, full, mask = torch.float16, torch.bfloat16, torch.float32, torch.bool
+    for dtype, D, ratio, listed, kind in (
+        (brain, 128, 1, True, mask), (brain, 128, 1, True, None), (half, 64, 7, True, mask),
+        (brain, 256, 1, True, None), (brain, 128, 1, False, None), (half, 128, 8, False, mask),
+        (brain, 72, 4, True, mask), (brain, 72, 4, False, mask), (full, 128, 1, True, mask),
+        (full, 33, 7, False, mask), (full, 256, 64, True, mask),
     ):  # fmt: skip
-        access = "unaligned" if not aligned else "float" if dtype == "fp32" else "half"
-        config = tiles(access, "float" if dtype == "fp32" else access, D, ratio, Sq)
-        groups = {name: "*u8" if kind else "constexpr" for name in ("group", "key_group")}
-        types = TYPES | {"query": f"*{dtype}", "key": f"*{dtype}"} | groups
-        forms = {"D": D, "CAUSAL": Sq > 1, "LISTED": Sq > 1, "QUERY": kind, "KEY": kind}
-        forms |= {} if kind else {"group": None, "key_group": None}
-        divisible = ("query", "key", *STRIDES) if aligned else ()
-        jobs.append(compile_job(_attention_received_kernel, config, types, divisible, (dtype,), **forms))
-    return jobs
+        for has_lse in (False, True):
+            yield _attention_received_kernel, (dtype, D, ratio, listed, listed, has_lse, kind, kind)

@@ -10,7 +10,6 @@ Each of the two or three passes reads N scores and N marks, from L1 or L2. At N 
 keys a batch row.
 
 Quotas travel as arguments of the launch, so nothing is copied from the host.
-None of this has run on a GPU yet: it runs in Triton's interpreter and compiles for every architecture without spills.
 """
 
 import itertools
@@ -19,23 +18,26 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
 from . import pivot_cosine as scoring
-from ._shared import LAST_KEY, OPTIONS, compile_job, on, order_of
+from ._launch import INTERPRETED, TYPES, Form, kernel, on, workspace
+from ._shared import LAST_KEY, order_of
 
 HELPING = tl.constexpr(256)
 CANDIDATES = tl.constexpr(512)
 RANKED = tl.constexpr(64)  # keys a side of a tile of comparisons
 ROWS = (8, 16, 32, 64)  # lengths that a list of quotas is filled up to
-TILES = {1024: {"BLOCK_N": 1024, "num_warps": 4}, 4096: {"BLOCK_N": 4096, "num_warps": 8}}
-
-_kernel = triton.jit(
-    do_not_specialize=("N", "P", "K", "quotas", "stride_b", "stride_p", "taken_b", "taken_n"),
-    do_not_specialize_on_alignment=("scores", "taken", "marks", "keys", "indices"),
-)
+WIDTHS = {1024: 4, 4096: 8}  # tile of the scores, by warps
 
 TAKEN = tl.constexpr(0x7FFFFFFF)  # order of a token that is not to be had
 NOT_FINITE = tl.constexpr(0x7FFFFFFE)  # comes last among those that are
+
+_STRIDES = dict.fromkeys(("stride_b", "stride_p", "taken_b", "taken_n"), "i64")
+
+
+def _form(dtype, width, rows, has_taken, free):
+    types = {"scores": TYPES[dtype], "taken": "*u8" if has_taken else None, "quotas": ("i32",) * rows}
+    constants = {"HAS_TAKEN": has_taken, "FREE": free, "ROWS": rows, "BLOCK_N": width}
+    return Form(types, constants, {"num_warps": WIDTHS[width]})
 
 
 @triton.jit
@@ -131,22 +133,21 @@ def _take_least(keys, marks, indices, count, want):
         tl.store(indices + i + lane, tl.full([RANKED], -1, tl.int64), mask=(i + lane >= count) & (i + lane < want))
 
 
-@_kernel
+@kernel(_form, marks="*u8", keys="*i64", indices="*i64", **_STRIDES)
 def _exclusive_bottomk_kernel(
     scores, taken, marks, keys, indices, quotas, stride_b, stride_p, taken_b, taken_n, N, P, K,
     HAS_TAKEN: tl.constexpr, FREE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """indices [B, K] from scores [B, P, N]; marks [B, N] and keys [B, CANDIDATES] are scratch memory.
 
-    quotas: ROWS integers, 4 q + 2 each, so that no value makes Triton compile anew. FREE: what `taken` holds for a
-    token that may be had.
+    quotas: ROWS integers. FREE: what `taken` holds for a token that may be had.
     """
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_N)
     r = tl.arange(0, ROWS)
     all_quotas = tl.zeros([ROWS], tl.int32)
     for i in tl.static_range(ROWS):
-        all_quotas = tl.where(r == i, quotas[i] >> 2, all_quotas)
+        all_quotas = tl.where(r == i, quotas[i], all_quotas)
     marks += b * N
     keys += b * CANDIDATES
     indices += b * K
@@ -179,20 +180,20 @@ def exclusive_bottomk(scores, quotas, taken, free=False):
     """
     B, P, N = scores.shape
     K = sum(quotas)
-    scores = scores.float() if interpreting() else scores  # the interpreter loses the least bfloat16 numbers
-    indices = torch.empty(B, K, dtype=torch.int64, device=scores.device)
-    if indices.numel() == 0:
+    scores = scores.float() if INTERPRETED else scores  # the interpreter loses the least bfloat16 numbers
+    indices = torch.empty((B, K), dtype=torch.int64, device=scores.device)
+    if B == 0 or K == 0:
         return indices
-    marks = torch.empty(B, N, dtype=torch.uint8, device=scores.device)
-    keys = torch.empty(B, CANDIDATES.value, dtype=torch.int64, device=scores.device)
+    _memory, marks, keys = workspace(scores.device, (torch.uint8, B * N), (torch.int64, B * CANDIDATES.value))
     rows = next(rows for rows in ROWS if rows >= P)
-    encoded = tuple(4 * quota + 2 for quota in (*quotas, *[0] * (rows - P)))
-    taken_strides = (0, 0) if taken is None else taken.stride()
-    with on(scores.device):
-        _exclusive_bottomk_kernel[B,](
-            scores, taken if taken is None else taken.view(torch.uint8), marks, keys, indices, encoded,
-            *scores.stride()[:2], *taken_strides, N, P, K,
-            HAS_TAKEN=taken is not None, FREE=free, ROWS=rows, **TILES[_width(N)], **OPTIONS,
+    width = next(
+        (width for width in WIDTHS if width >= N), max(WIDTHS)
+    )  # the narrowest that holds a row, or the widest
+    with on(scores):
+        _exclusive_bottomk_kernel(
+            (scores.dtype, width, rows, taken is not None, free), (B, 1, 1),
+            scores, taken, marks, keys, indices, (*quotas, *[0] * (rows - P)),
+            scores.stride(0), scores.stride(1), *((0, 0) if taken is None else taken.stride()), N, P, K,
         )  # fmt: skip
     return indices
 
@@ -202,19 +203,9 @@ def pivot_bottomk(x, pivots, quotas, mask):
     return exclusive_bottomk(scoring.pivot_cosine(x, None, pivots, None, None), quotas, mask, free=True)
 
 
-def _width(N):
-    """Tile of the scores: the narrowest that holds a row, or the widest."""
-    return next((width for width in TILES if width >= N), max(TILES))
-
-
-def compile_jobs():
-    """Every configuration that the launcher above can ask for, to be compiled without a GPU."""
-    jobs = []
-    for width, rows, dtype in itertools.product(TILES, ROWS, ("fp32", "bf16", "fp16")):
-        if dtype != "fp32" and rows != ROWS[0]:
-            continue  # halves differ in one load
-        types = {"scores": f"*{dtype}", "taken": "*u8", "marks": "*u8", "keys": "*i64", "indices": "*i64"}
-        types["quotas"] = ("i32",) * rows
-        forms = {"HAS_TAKEN": rows != ROWS[1], "FREE": rows == ROWS[2], "ROWS": rows}
-        jobs.append(compile_job(_exclusive_bottomk_kernel, TILES[width], types, words=(dtype,), **forms))
-    return jobs
+def compile_forms():
+    """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
+    for width, rows in itertools.product(WIDTHS, ROWS):
+        yield _exclusive_bottomk_kernel, (torch.float32, width, rows, rows != ROWS[1], rows == ROWS[2])
+    for width, dtype in itertools.product(WIDTHS, (torch.bfloat16, torch.float16)):  # halves differ in one load
+        yield _exclusive_bottomk_kernel, (dtype, width, ROWS[0], True, False)

@@ -23,47 +23,71 @@ Lazy rounds (larger N, and packed sequences): one persistent launch, a team of p
 The number of rounds depends on the data and is decided on the device: the programs of a team meet
 at barriers in global memory (four a round, about 2 us each), so the host reads nothing and the
 launch can be captured in a CUDA graph. The launch is cooperative: all programs are resident.
-
-None of this has run on a GPU yet. It runs in Triton's interpreter, teams of several programs included
-(tests/resident_programs.py), and compiles for every architecture without spills.
 """
 
-import functools
 import itertools
 
 import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
-from ._shared import INF, LARGEST_SQUARE, LAST_KEY, OPTIONS, SMALLEST_SQUARE, access, compile_job, on, order_of
+from ._launch import INTERPRETED, TYPES, Form, cdiv, kernel, on, tuned, workspace
+from ._shared import INF, LARGEST_SQUARE, LAST_KEY, SMALLEST_SQUARE, access, multiprocessors, order_of, row_sums
 
 GRAM_TOKENS = 4096  # largest N whose N x N similarities are stored: 64 MB a row of the batch
 GRAM_BYTES = 1 << 29  # largest such matrix of a whole batch
 MANY_TOKENS = 16384  # from this N on, twice the candidates pay: fewer passes over x
 
-# Tiles by how x can be read: halves or floats in 16-byte pieces, or anything element by element.
-# Shared memory stays below the 99 KB of sm_86, sm_89 and sm_120, registers below a spill.
-NORMS = {"BLOCK_N": 16, "BLOCK_D": 256, "num_warps": 4}
+# Tiles by how x can be read: halves or floats in 16-byte pieces, or anything element by element; (arch, how) for the
+# cards of one architecture. Shared memory stays below the 99 KB of sm_86, sm_89 and sm_120, registers below a spill.
+NORMS = {"BLOCK_N": 16, "BLOCK_D": 256}
 GRAM = {
-    "half": {"BLOCK": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4},
-    "float": {"BLOCK": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
-    "unaligned": {"BLOCK": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 2},
+    "half": ({"BLOCK": 128, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 4}),
+    "float": ({"BLOCK": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 3}),
+    "unaligned": ({"BLOCK": 64, "BLOCK_D": 16}, {"num_warps": 8, "num_stages": 2}),
 }
-_SCAN = {"BLOCK_S": 2048, "BLOCK_M": 32, "num_warps": 8}
+_SCAN = {"BLOCK_S": 2048, "BLOCK_M": 32}
 ROUNDS = {
-    "half": {**_SCAN, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_D": 32, "num_stages": 4},
-    "float": {**_SCAN, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 16, "num_stages": 3},
-    "unaligned": {**_SCAN, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 16, "num_stages": 2},
+    "half": ({**_SCAN, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 4}),
+    "float": ({**_SCAN, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 16}, {"num_warps": 8, "num_stages": 3}),
+    "unaligned": ({**_SCAN, "BLOCK_N": 64, "BLOCK_C": 32, "BLOCK_D": 16}, {"num_warps": 8, "num_stages": 2}),
 }
 GREEDY_TOKENS = (512, 1024, 2048, 4096)  # widths that the greedy kernel is compiled for
 CANDIDATES = (128, 256)
+BUDGETS = (8, 32, 128)  # sequences of a launch: lengths that a list of budgets is filled up to
 
-# Arguments that differ from call to call: never specialised, so a new value never recompiles.
-_kernel = triton.jit(
-    do_not_specialize=("B", "N", "P", "k", "C", "seeds_b", "seeds_p", "mask_b", "mask_n"),
-    do_not_specialize_on_alignment=("seeds", "mask", "bounds", "budgets", "indices", "radii"),
-)
+_FLOATS = dict.fromkeys(("aux", "nearest", "gram", "radii", "candidate_s", "pairs"), "*fp32")
+_INTEGERS = {**dict.fromkeys(("indices", "seeds", "bounds"), "*i64"), "candidates": "*i32", "control": "*i32"}
+_STRIDES = dict.fromkeys(("stride_b", "stride_n", "mask_b", "mask_n", "seeds_b", "seeds_p"), "i64")
+
+
+def _aligned(kind):
+    return () if kind == "unaligned" else ("x", "stride_b", "stride_n", "D")
+
+
+def _norms_form(dtype, kind, cosine, has_mask, rounds):
+    types = {"x": TYPES[dtype], "mask": "*u8" if has_mask else None, "control": "*i32" if rounds else None}
+    constants = {"COSINE": cosine, "HAS_MASK": has_mask, "ROUNDS": rounds, **NORMS}
+    return Form(types, constants, {"num_warps": 4}, _aligned(kind))
+
+
+def _gram_form(dtype, kind, cosine):
+    tiles, options = tuned(GRAM, kind)
+    return Form({"x": TYPES[dtype]}, {"COSINE": cosine, **tiles}, options, _aligned(kind))
+
+
+def _greedy_form(width, cosine, has_seeds):
+    types = {} if has_seeds else {"seeds": None}
+    return Form(types, {"COSINE": cosine, "HAS_SEEDS": has_seeds, "BLOCK_N": width}, {"num_warps": 8})
+
+
+def _rounds_form(dtype, kind, cosine, M, has_seeds, budgets):
+    """budgets: how many a packed x has room for, 0 for a batch."""
+    tiles, options = tuned(ROUNDS, kind)
+    types = {"x": TYPES[dtype], **({} if has_seeds else {"seeds": None})}
+    types |= {"budgets": ("i32",) * budgets} if budgets else {"bounds": None, "budgets": None}
+    constants = {"COSINE": cosine, "HAS_SEEDS": has_seeds, "BUDGETS": budgets, "M": M, **tiles}
+    return Form(types, constants, options | {"launch_cooperative_grid": True}, _aligned(kind))
 
 
 @triton.jit
@@ -102,17 +126,27 @@ def _products(rows, row_ok, cols, col_ok, D, R: tl.constexpr, C: tl.constexpr, B
 @triton.jit
 def _similarities(dots, row_aux, col_aux, COSINE: tl.constexpr):
     """Similarities [R, C]; -inf, which changes nobody's maximum, where one side is non-finite."""
-    scaled = dots * row_aux[:, None] * col_aux[None, :]
-    sim = scaled if COSINE else 2.0 * dots - row_aux[:, None] - col_aux[None, :]
+    if COSINE:  # the same for a pair both ways round, to the bit
+        sim = dots * (row_aux[:, None] * col_aux[None, :])
+    else:
+        sim = 2.0 * dots - (row_aux[:, None] + col_aux[None, :])
     return tl.where(sim == sim, sim, -INF)
 
 
-@_kernel
+@kernel(_norms_form, **_FLOATS, **_STRIDES)
 def _kcenter_norms_kernel(
-    x, mask, aux, nearest, stride_b, stride_n, mask_b, mask_n, N, D,
-    COSINE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, mask, aux, nearest, control, stride_b, stride_n, mask_b, mask_n, N, D, controls,
+    COSINE: tl.constexpr, HAS_MASK: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """aux [B, N]: 1 / |x| or |x|^2, NaN for a non-finite token; nearest [B, N]: s before any choice."""
+    """aux [B, N]: 1 / |x| or |x|^2, NaN for a non-finite token; nearest [B, N]: s before any choice.
+
+    ROUNDS: control becomes so many zeros.
+    """
+    if ROUNDS:
+        if tl.program_id(0) == 0:
+            for start in range(0, controls, 128):
+                i = start + tl.arange(0, 128)
+                tl.store(control + i, tl.zeros([128], tl.int32), mask=i < controls)
     tiles = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,7 +157,7 @@ def _kcenter_norms_kernel(
         inside = (n < N)[:, None] & (d + lane < D)[None, :]
         v = tl.load(rows[:, None] + (d + lane)[None, :], mask=inside, other=0.0).to(tl.float32)
         squares += v * v
-    square = tl.sum(squares, 1)
+    square = row_sums(squares, BLOCK_N, BLOCK_D)
     finite = square <= LARGEST_SQUARE
     value = tl.where(square < SMALLEST_SQUARE, 0.0, tl.div_rn(1.0, tl.sqrt_rn(square))) if COSINE else square
     tl.store(aux + b * N + n, tl.where(finite, value, float("nan")), mask=n < N)
@@ -134,7 +168,7 @@ def _kcenter_norms_kernel(
     tl.store(nearest + b * N + n, start, mask=n < N)
 
 
-@_kernel
+@kernel(_gram_form, **_FLOATS, **_STRIDES)
 def _kcenter_gram_kernel(
     x, aux, gram, stride_b, stride_n, N, D,
     COSINE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,10 +197,10 @@ def _kcenter_gram_kernel(
         tl.store(gram + (n[:, None] + m[None, :] * N), sim, mask=inside)
 
 
-@_kernel
+@kernel(_greedy_form, **_FLOATS, **_INTEGERS, **_STRIDES)
 def _kcenter_greedy_kernel(
     gram, nearest, seeds, indices, radii, seeds_b, seeds_p, N, P, k,
-    COSINE: tl.constexpr, BLOCK_N: tl.constexpr,
+    COSINE: tl.constexpr, HAS_SEEDS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per batch row: k steps over the rows of gram, s [N] in registers."""
     b = tl.program_id(0).to(tl.int64)
@@ -174,14 +208,14 @@ def _kcenter_greedy_kernel(
     gram += b * N * N
     s = tl.load(nearest + b * N + n, mask=n < N, other=float("nan"))
     for step in range(k):
-        if step < P:
-            choice = tl.load(seeds + b * seeds_b + step * seeds_p).to(tl.int32)
-            radius = tl.full([], INF, tl.float32)
-        else:
-            key = tl.min(_key(s, n), 0)
-            none_left = key == LAST_KEY
-            choice = tl.where(none_left, -1, (key & 0x7FFFFFFF).to(tl.int32))
-            radius = tl.where(none_left, float("nan"), _radius(_similarity_of(key), COSINE))
+        key = tl.min(_key(s, n), 0)
+        none_left = key == LAST_KEY
+        choice = tl.where(none_left, -1, (key & 0x7FFFFFFF).to(tl.int32))
+        radius = tl.where(none_left, float("nan"), _radius(_similarity_of(key), COSINE))
+        if HAS_SEEDS:
+            if step < P:
+                choice = tl.load(seeds + b * seeds_b + step * seeds_p).to(tl.int32)
+                radius = tl.full([], INF, tl.float32)
         tl.store(indices + b * k + step, choice.to(tl.int64))
         tl.store(radii + b * k + step, radius)
         known = tl.where(n < N, choice, -1) >= 0
@@ -286,17 +320,17 @@ def _greedy_steps(
     return done
 
 
-@_kernel
+@kernel(_rounds_form, **_FLOATS, **_INTEGERS, **_STRIDES)
 def _kcenter_rounds_kernel(
     x, aux, nearest, seeds, bounds, budgets, indices, radii, candidates, candidate_s, pairs, control,
     stride_b, stride_n, seeds_b, seeds_p, B, N, P, k, D, C,
-    COSINE: tl.constexpr, VARLEN: tl.constexpr, M: tl.constexpr, BLOCK_S: tl.constexpr,
+    COSINE: tl.constexpr, HAS_SEEDS: tl.constexpr, BUDGETS: tl.constexpr, M: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Lazy rounds; C programs a team, team t serves the batch rows t, t + teams, ...
 
-    VARLEN: row b is tokens bounds[b] : bounds[b + 1] of a packed x, its output budgets[b] : budgets[b + 1].
-    control [teams, 2] int32: barrier arrivals (zero at launch), tokens chosen.
+    BUDGETS: row b is tokens bounds[b] : bounds[b + 1] of a packed x, budgets[b] of them are chosen, after those of the
+    rows before it. control [teams, 2] int32: barrier arrivals (zero at launch), tokens chosen.
     """
     team, rank = tl.program_id(0) // C, tl.program_id(0) % C
     teams = tl.num_programs(0) // C
@@ -307,11 +341,13 @@ def _kcenter_rounds_kernel(
     target = 0
     for b in range(team, B, teams):
         row = tl.cast(b, tl.int64)
-        if VARLEN:
+        if BUDGETS:
             first = tl.load(bounds + b)
             N = (tl.load(bounds + b + 1) - first).to(tl.int32)
-            out = tl.load(budgets + b)
-            k = (tl.load(budgets + b + 1) - out).to(tl.int32)
+            out = tl.full([], 0, tl.int64)
+            for one in tl.static_range(BUDGETS):
+                out += tl.where(one < b, budgets[one], 0)
+                k = tl.where(one == b, budgets[one], k)
             row_x, row_start = x + first * stride_n, first
         else:
             first = tl.full([], 0, tl.int64)
@@ -322,12 +358,13 @@ def _kcenter_rounds_kernel(
 
         # seeds are the first tokens chosen; a sequence of budget 0 has none
         done = tl.minimum(P, k)
-        if rank == 0:
-            for p in range(done):
-                seed = tl.load(seeds + row * seeds_b + p * seeds_p) - first
-                tl.store(row_indices + p, seed)
-                tl.store(row_radii + p, INF)
-                tl.store(row_s + seed, float("nan"))
+        if HAS_SEEDS:
+            if rank == 0:
+                for p in range(done):
+                    seed = tl.load(seeds + row * seeds_b + p * seeds_p) - first
+                    tl.store(row_indices + p, seed)
+                    tl.store(row_radii + p, INF)
+                    tl.store(row_s + seed, float("nan"))
         target += C
         _team_barrier(control, target)
 
@@ -385,7 +422,7 @@ def _kcenter_rounds_kernel(
         # nobody may still read control[1] or the candidates of this row
         target += C
         _team_barrier(control, target)
-        if VARLEN:  # indices of the packed tensor
+        if BUDGETS:  # indices of the packed tensor
             for start in range(rank * BLOCK_S, k, C * BLOCK_S):
                 lane = start + tl.arange(0, BLOCK_S)
                 token = tl.load(row_indices + lane, mask=lane < k, cache_modifier=".cg")
@@ -395,18 +432,14 @@ def _kcenter_rounds_kernel(
 def kcenter(x, k, seeds, mask, metric):
     """x [B, N, D] with features side by side; the arguments are checked by pruneops.ops."""
     B, N, _ = x.shape
-    indices = torch.empty(B, k, dtype=torch.int64, device=x.device)
-    radii = torch.empty(B, k, dtype=torch.float32, device=x.device)
+    indices = torch.empty((B, k), dtype=torch.int64, device=x.device)
+    radii = torch.empty((B, k), dtype=torch.float32, device=x.device)
     if B == 0:
         return indices, radii
-    x = x.float() if interpreting() else x  # the interpreter's bfloat16 products are wrong
-    with on(x.device):
-        aux, nearest = _norms(x, mask, metric)
-        if N <= GRAM_TOKENS and 4 * B * N * N <= GRAM_BYTES:
-            _gram(x, aux, nearest, k, seeds, metric, indices, radii)
-        else:
-            candidates = CANDIDATES[N >= MANY_TOKENS]
-            _rounds(x, aux, nearest, None, None, k, seeds, metric, candidates, indices, radii)
+    x = x.float() if INTERPRETED else x  # the interpreter's bfloat16 products are wrong
+    run = _gram if N <= GRAM_TOKENS and 4 * B * N * N <= GRAM_BYTES else _rounds
+    with on(x):
+        run(x, k, seeds, mask, metric == "cosine", indices, radii)
     return indices, radii
 
 
@@ -416,99 +449,80 @@ def kcenter_varlen(x, cu_seqlens, ks, seeds, metric):
     radii = torch.empty(sum(ks), dtype=torch.float32, device=x.device)
     if indices.numel() == 0:
         return indices, radii
-    x = x.float() if interpreting() else x
-    with on(x.device):
-        aux, nearest = _norms(x[None], None, metric)
-        budgets = _to_device([0, *itertools.accumulate(ks)], x.device)
-        _rounds(x[None], aux, nearest, cu_seqlens, budgets, 0, seeds, metric, CANDIDATES[0], indices, radii)
+    x, cosine, out = x[None].float() if INTERPRETED else x[None], metric == "cosine", 0
+    with on(x):
+        for first in range(0, len(ks), BUDGETS[-1]):
+            own = tuple(ks[first : first + BUDGETS[-1]])
+            bounds, own_seeds = cu_seqlens[first:], None if seeds is None else seeds[first:]
+            _rounds(x, 0, own_seeds, None, cosine, indices[out:], radii[out:], bounds, own)
+            out += sum(own)
     return indices, radii
 
 
-def _norms(x, mask, metric):
+def _norms(x, kind, mask, cosine, aux, nearest, control=None, controls=0):
     B, N, D = x.shape
-    aux, nearest = (torch.empty(B, N, dtype=torch.float32, device=x.device) for _ in range(2))  # both aligned
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    _kcenter_norms_kernel[B * triton.cdiv(N, NORMS["BLOCK_N"]),](
-        x, mask if mask is None else mask.view(torch.uint8), aux, nearest, *x.stride()[:2], *mask_strides, N, D,
-        COSINE=metric == "cosine", HAS_MASK=mask is not None, **NORMS, **OPTIONS,
+    _kcenter_norms_kernel(
+        (x.dtype, kind, cosine, mask is not None, control is not None), (B * cdiv(N, NORMS["BLOCK_N"]), 1, 1),
+        x, mask, aux, nearest, control, x.stride(0), x.stride(1), *_strides(mask), N, D, controls,
     )  # fmt: skip
-    return aux, nearest
 
 
-def _gram(x, aux, nearest, k, seeds, metric, indices, radii):
+def _strides(companion):
+    return (0, 0) if companion is None else companion.stride()
+
+
+def _gram(x, k, seeds, mask, cosine, indices, radii):
     B, N, D = x.shape
-    cosine = metric == "cosine"
-    gram = torch.empty(B, N, N, dtype=torch.float32, device=x.device)
-    config = GRAM[access(x)]
-    side = triton.cdiv(N, config["BLOCK"])
-    _kcenter_gram_kernel[B * (side * (side + 1) // 2),](
-        x, aux, gram, *x.stride()[:2], N, D, COSINE=cosine, **config, **OPTIONS
-    )  # fmt: skip
-    seeds = indices.view(-1, 1)[:, :0] if seeds is None else seeds  # a pointer that nobody follows
+    kind, float32 = access(x), torch.float32
+    _memory, aux, nearest, gram = workspace(x.device, (float32, B * N), (float32, B * N), (float32, B * N * N))
+    _norms(x, kind, mask, cosine, aux, nearest)
+    side = cdiv(N, tuned(GRAM, kind)[0]["BLOCK"])
+    _kcenter_gram_kernel(
+        (x.dtype, kind, cosine), (B * (side * (side + 1) // 2), 1, 1), x, aux, gram, x.stride(0), x.stride(1), N, D
+    )
     width = next(width for width in GREEDY_TOKENS if width >= N)
-    _kcenter_greedy_kernel[B,](
-        gram, nearest, seeds, indices, radii, *seeds.stride(), N, seeds.shape[1], k,
-        COSINE=cosine, BLOCK_N=width, num_warps=8, **OPTIONS,
+    _kcenter_greedy_kernel(
+        (width, cosine, seeds is not None), (B, 1, 1), gram, nearest, seeds, indices, radii,
+        *_strides(seeds), N, 0 if seeds is None else seeds.shape[1], k,
     )  # fmt: skip
 
 
-def _rounds(x, aux, nearest, bounds, budgets, k, seeds, metric, M, indices, radii):
-    _, N, D = x.shape
-    B = x.shape[0] if bounds is None else bounds.shape[0] - 1
-    programs = _multiprocessors(x.device)
+def _rounds(x, k, seeds, mask, cosine, indices, radii, bounds=None, ks=()):
+    """A batch, or with bounds and ks the sequences of a packed x [1, T, D]."""
+    rows, N, D = x.shape
+    kind, float32 = access(x), torch.float32
+    programs = multiprocessors(x.device)
+    B = len(ks) or rows
+    M = CANDIDATES[N >= MANY_TOKENS and not ks]
     teams = min(B, programs)
     C = programs // teams
-    candidates = torch.empty(teams, M, dtype=torch.int32, device=x.device)
-    candidate_s = torch.empty(teams, M, dtype=torch.float32, device=x.device)
-    pairs = torch.empty(teams, M, M, dtype=torch.float32, device=x.device)
-    control = torch.zeros(teams, 2, dtype=torch.int32, device=x.device)
-    seeds = indices.view(-1, 1)[:, :0] if seeds is None else seeds  # a pointer that nobody follows
-    cooperative = {} if interpreting() else {"launch_cooperative_grid": True}
-    _kcenter_rounds_kernel[teams * C,](
+    _memory, aux, nearest, candidates, candidate_s, pairs, control = workspace(
+        x.device, (float32, rows * N), (float32, rows * N), (torch.int32, teams * M), (float32, teams * M),
+        (float32, teams * M * M), (torch.int32, teams * 2),
+    )  # fmt: skip
+    _norms(x, kind, mask, cosine, aux, nearest, control, teams * 2)
+    room = next(room for room in BUDGETS if room >= B) if ks else 0
+    budgets = (*ks, *[0] * (room - B)) if ks else None
+    _kcenter_rounds_kernel(
+        (x.dtype, kind, cosine, M, seeds is not None, room), (teams * C, 1, 1),
         x, aux, nearest, seeds, bounds, budgets, indices, radii, candidates, candidate_s, pairs, control,
-        *x.stride()[:2], *seeds.stride(), B, N, seeds.shape[1], k, D, C,
-        COSINE=metric == "cosine", VARLEN=bounds is not None, M=M,
-        **ROUNDS[access(x)], **OPTIONS, **cooperative,
+        x.stride(0), x.stride(1), *_strides(seeds), B, N, 0 if seeds is None else seeds.shape[1], k, D, C,
     )  # fmt: skip
 
 
-@functools.cache
-def _multiprocessors(device):
-    """Programs that are resident together; the interpreter runs one after another."""
-    return 1 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _to_device(numbers, device):
-    """int64 tensor made by kernel arguments alone: no copy from the host, so it can be captured in a graph."""
-    steps = {b - a for a, b in itertools.pairwise(numbers)}
-    if len(steps) == 1:
-        return torch.arange(len(numbers), device=device) * steps.pop()
-    return torch.cat([torch.full((1,), number, dtype=torch.int64, device=device) for number in numbers])
-
-
-def compile_jobs():
-    """Every kernel and configuration that the launchers above can ask for, to be compiled without a GPU."""
-    jobs = []
-
-    def add(kernel, config, dtype, aligned, **constexprs):
-        types = {"mask": "*u8", "candidates": "*i32", "control": "*i32", "x": f"*{dtype}"}
-        types |= {name: "*i64" for name in ("indices", "seeds", "bounds", "budgets")}
-        types |= {name: "*fp32" for name in ("aux", "nearest", "gram", "radii", "candidate_s", "pairs")}
-        divisible = {"x", "stride_b", "stride_n", "D"} if aligned else set()
-        jobs.append(compile_job(kernel, config, types, divisible, (dtype,), **constexprs))
-
-    for dtype, tiles, cosine in (
-        ("bf16", "half", True),
-        ("fp16", "half", False),
-        ("fp32", "float", True),
-        ("bf16", "unaligned", False),
-        ("fp32", "unaligned", True),
+def compile_forms():
+    """(kernel, form) of what the launchers above can ask for, to be compiled without a GPU."""
+    for dtype, kind, cosine in (
+        (torch.bfloat16, "half", True),
+        (torch.float16, "half", False),
+        (torch.float32, "float", True),
+        (torch.bfloat16, "unaligned", False),
+        (torch.float32, "unaligned", True),
     ):
-        aligned = tiles != "unaligned"
-        add(_kcenter_norms_kernel, NORMS, dtype, aligned, COSINE=cosine, HAS_MASK=cosine)
-        add(_kcenter_gram_kernel, GRAM[tiles], dtype, aligned, COSINE=cosine)
-        for M, varlen in ((CANDIDATES[0], True), *((M, False) for M in CANDIDATES)):
-            add(_kcenter_rounds_kernel, ROUNDS[tiles], dtype, aligned, COSINE=cosine, VARLEN=varlen, M=M)
+        yield _kcenter_norms_kernel, (dtype, kind, cosine, cosine, not cosine)
+        yield _kcenter_gram_kernel, (dtype, kind, cosine)
+        for M, seeds, budgets in ((CANDIDATES[0], True, 8), (CANDIDATES[0], False, 0), (CANDIDATES[1], True, 0)):
+            yield _kcenter_rounds_kernel, (dtype, kind, cosine, M, seeds, budgets)
+    yield _kcenter_rounds_kernel, (torch.bfloat16, "half", True, CANDIDATES[0], False, BUDGETS[-1])
     for width, cosine in itertools.product(GREEDY_TOKENS, (True, False)):
-        add(_kcenter_greedy_kernel, {"BLOCK_N": width, "num_warps": 8}, "fp32", False, COSINE=cosine)
-    return jobs
+        yield _kcenter_greedy_kernel, (width, cosine, cosine)

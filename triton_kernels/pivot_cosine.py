@@ -4,11 +4,12 @@ One program takes BLOCK_N tokens of a batch row (or of a packed sequence), meets
 tensor cores (float32: fused multiply-adds) and sums the squares of both sides from the same tiles.
     N 2880, D 4096, P 8, bf16 on an H200: 23.6 MB of x is 5.5 us at 4.3 TB/s; 377 MFLOP with P padded to 16 is 0.5 us at
     790 TFLOP/s; 180 programs re-read the pivots, 64 KB each from L2. About 20 KB of loads in flight per
-    multiprocessor cover the latency of memory: 5 stages of 4 KB of x a program.
+    multiprocessor cover the latency of memory: 8 stages of 2 KB of x a program.
 With P <= 64 x is read once; more pivots take one pass per 64. Reduced forms store [B, N] only.
 
-The order of summation over D depends on P alone, so strides, batch and packing change no bit.
-None of this has run on a GPU yet: it runs in Triton's interpreter and compiles for every architecture without spills.
+Every step of BLOCK_D features is a product of its own, so no chain of sums is longer than D / BLOCK_D and no tensor
+core adds to what came before. The order of summation depends on D and P alone: strides, batch and packing change no
+bit.
 """
 
 import itertools
@@ -17,32 +18,40 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import interpreting
-from ._shared import INF, LARGEST_SQUARE, OPTIONS, SMALLEST_SQUARE, access, compile_job, on
+from ._launch import INTERPRETED, TYPES, Form, cdiv, kernel, on
+from ._shared import INF, LARGEST_SQUARE, SMALLEST_SQUARE, access, row_sums
 
 FEW_PIVOTS = 16  # the narrowest tile of a tensor-core product
 FEW_TOKENS = 16384  # up to this many in all, small tiles spread them over more programs
 REDUCTIONS = (None, "max", "mean", "sum")
 
 # Features a step by (bytes of an element, few pivots). Alignment must not change it: it orders the sums.
-BLOCK_D = {(2, True): 128, (2, False): 64, (4, True): 32, (4, False): 16}
+BLOCK_D = {(2, True): 64, (2, False): 64, (4, True): 32, (4, False): 16}
 BLOCK_N = {True: (16, 32), False: (16, 64)}  # few or many pivots: few tokens, many tokens
-STAGES = {16: 6, 32: 5, 64: 4}  # that fit the 99 KB of shared memory of sm_86, sm_89 and sm_120
+STAGES = {16: 8, 32: 6, 64: 4}  # that fit the 99 KB of shared memory of sm_86, sm_89 and sm_120
+
+
+def _block_n(aligned, few, many_tokens):
+    return BLOCK_N[few][many_tokens and (few or aligned)]  # else it would spill
 
 
 def _tiles(element, aligned, few, many_tokens):
     """Tile sizes and launch options by bytes of an element, access, pivots and tokens in all."""
-    block = BLOCK_N[few][many_tokens]
+    block = _block_n(aligned, few, many_tokens)
     warps = 4 if element == 2 and aligned and block == 16 else 8  # of 255 registers a thread at most
     stages = STAGES[block] if aligned else 2  # nothing to copy ahead in pieces of less than 4 bytes
     width = {"BLOCK_N": block, "BLOCK_P": FEW_PIVOTS if few else 64, "BLOCK_D": BLOCK_D[element, few]}
-    return width | {"num_warps": warps, "num_stages": stages}
+    return width, {"num_warps": warps, "num_stages": stages}
 
 
-_kernel = triton.jit(
-    do_not_specialize=("B", "N", "P", "pivots_b", "pivots_p", "mask_b", "mask_n"),
-    do_not_specialize_on_alignment=("pivots", "mask", "bounds", "out"),
-)
+def _form(dtype, aligned, few, many_tokens, reduce, has_mask, varlen):
+    width, options = _tiles(dtype.itemsize, aligned, few, many_tokens)
+    types = {"x": TYPES[dtype], "mask": "*u8" if has_mask else None, "bounds": "*i64" if varlen else None}
+    constants = {"REDUCE": REDUCTIONS.index(reduce), "HAS_MASK": has_mask, "VARLEN": varlen, **width}
+    return Form(types, constants, options, ("x", "stride_b", "stride_n", "D") if aligned else ())
+
+
+_STRIDES = dict.fromkeys(("stride_b", "stride_n", "pivots_b", "pivots_p", "mask_b", "mask_n"), "i64")
 
 
 @triton.jit
@@ -64,7 +73,7 @@ def _sequence_of(slot, bounds, sequences, BLOCK_N: tl.constexpr):
     return before - 1
 
 
-@_kernel
+@kernel(_form, pivots="*i64", out="*fp32", **_STRIDES)
 def _pivot_cosine_kernel(
     x, pivots, mask, bounds, out, stride_b, stride_n, pivots_b, pivots_p, mask_b, mask_n, B, N, P, D,
     REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
@@ -103,11 +112,11 @@ def _pivot_cosine_kernel(
             there = d + lane < D
             v = tl.load(tokens[:, None] + (d + lane)[None, :], mask=inside[:, None] & there[None, :], other=0.0)
             w = tl.load(columns[None, :] + (d + lane)[:, None], mask=(p < P)[None, :] & there[:, None], other=0.0)
-            dots = tl.dot(v, w, dots, input_precision="ieee")
+            dots = tl.fma(tl.dot(v, w, input_precision="ieee"), 1.0, dots)  # an addition would be folded into the dot
             token_squares += v.to(tl.float32) * v.to(tl.float32)
             pivot_squares += w.to(tl.float32) * w.to(tl.float32)
-        token_inverse = _inverse_norm(tl.sum(token_squares, 1))
-        pivot_inverse = _inverse_norm(tl.sum(pivot_squares, 0))
+        token_inverse = _inverse_norm(row_sums(token_squares, BLOCK_N, BLOCK_D))
+        pivot_inverse = _inverse_norm(row_sums(tl.trans(pivot_squares), BLOCK_P, BLOCK_D))
         cosine = dots * token_inverse[:, None] * pivot_inverse[None, :]
         if REDUCE == 0:
             score = tl.where(wanted[:, None], cosine, INF)
@@ -115,7 +124,7 @@ def _pivot_cosine_kernel(
             tl.store(place, score, mask=inside[:, None] & (p < P)[None, :])
         else:
             known = (p < P)[None, :]
-            total += tl.sum(tl.where(known, cosine, 0.0), 1)
+            total += row_sums(tl.where(known, cosine, 0.0), BLOCK_N, BLOCK_P)
             greatest = tl.maximum(greatest, tl.max(tl.where(known, cosine, -INF), 1))
     if REDUCE != 0:
         score = total
@@ -131,32 +140,27 @@ def pivot_cosine(x, cu_seqlens, pivots, mask, reduce):
     rows, N, D = x.shape
     B, P = pivots.shape
     out = torch.empty((rows, N) if reduce else (rows, P, N), dtype=torch.float32, device=x.device)
-    if out.numel() == 0:
+    if rows == 0 or N == 0 or (P == 0 and not reduce):
         return out
-    x = x.float() if interpreting() else x  # the interpreter's bfloat16 products are wrong
-    config = _tiles(x.element_size(), access(x) != "unaligned", P <= FEW_PIVOTS, rows * N > FEW_TOKENS)
-    block = config["BLOCK_N"]
-    programs = rows * triton.cdiv(N, block) if cu_seqlens is None else N // block + B
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    with on(x.device):
-        _pivot_cosine_kernel[programs,](
-            x, pivots, mask if mask is None else mask.view(torch.uint8), cu_seqlens, out,
-            *x.stride()[:2], *pivots.stride(), *mask_strides, B, N, P, D,
-            REDUCE=REDUCTIONS.index(reduce), HAS_MASK=mask is not None, VARLEN=cu_seqlens is not None,
-            **config, **OPTIONS,
+    x = x.float() if INTERPRETED else x  # the interpreter's bfloat16 products are wrong
+    few, many_tokens = P <= FEW_PIVOTS, rows * N > FEW_TOKENS
+    aligned = access(x) != "unaligned"
+    block = _block_n(aligned, few, many_tokens)
+    programs = rows * cdiv(N, block) if cu_seqlens is None else N // block + B
+    form = x.dtype, aligned, few, many_tokens, reduce, mask is not None, cu_seqlens is not None
+    with on(x):
+        _pivot_cosine_kernel(
+            form, (programs, 1, 1), x, pivots, mask, cu_seqlens, out,
+            x.stride(0), x.stride(1), *pivots.stride(), *((0, 0) if mask is None else mask.stride()), B, N, P, D,
         )  # fmt: skip
     return out
 
 
-def compile_jobs():
-    """Every configuration that the launcher above can ask for, to be compiled without a GPU."""
-    jobs = []
-    for dtype, aligned, few, many in itertools.product(("bf16", "fp16", "fp32"), *[(True, False)] * 3):
-        types = {"x": f"*{dtype}", "mask": "*u8", "pivots": "*i64", "bounds": "*i64", "out": "*fp32"}
-        divisible = ("x", "stride_b", "stride_n", "D") if aligned else ()
-        config = _tiles(4 if dtype == "fp32" else 2, aligned, few, many)
-        words = (dtype, "aligned" if aligned else "unaligned")
-        for reduce, varlen in ((2, False), (0, True)) if dtype == "fp16" else ((0, False), (1, True)):
-            forms = {"REDUCE": reduce, "HAS_MASK": reduce > 0, "VARLEN": varlen}
-            jobs.append(compile_job(_pivot_cosine_kernel, config, types, divisible, words, **forms))
-    return jobs
+def compile_forms():
+    """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
+    halves, floats = (torch.bfloat16, torch.float16), torch.float32
+    for dtype, aligned, few, many in itertools.product((*halves, floats), *[(True, False)] * 3):
+        for reduce, varlen in (
+            (("mean", False), (None, True)) if dtype == torch.float16 else ((None, False), ("max", True))
+        ):
+            yield _pivot_cosine_kernel, (dtype, aligned, few, many, reduce, reduce is not None, varlen)

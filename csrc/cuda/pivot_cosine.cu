@@ -3,8 +3,8 @@
 // float32 sums made in one pass over x; their order depends on the width alone, so neither strides, batch nor packing
 // change a bit. The reduced forms never store [B, P, N].
 //
-// NOT YET RUN ON A GPU. The kernel runs on emulated threads in tests/cuda_emulation; all times below are expectations
-// from counted instructions and bytes.
+// Recorded on an H100 (benchmarks/results/nvidia-h100-2026-11-27/pivot_cosine.json): N 576, D 1024, P 8, bfloat16
+// 6.6 us from a graph. All other times below are expectations from counted instructions and bytes.
 //
 // A block has 16 tokens (32 if there are enough of them to fill the card, or more than 8 pivots); its 8 warps share out
 // the features, 128 at a time, and add up their sums at the end. float16 and bfloat16 go through the tensor cores:

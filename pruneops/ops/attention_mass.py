@@ -190,8 +190,18 @@ def _batched(run):
     return call
 
 
+def rows_class(query, key, *_, **__):
+    """By the rows of attention that share a key head: few of them wait for memory, many for products."""
+    rows = query.shape[-2] * (query.shape[-3] // max(key.shape[-3], 1))
+    return "many rows" if rows > 16 else None
+
+
 def _native(query, key, query_group, key_group, groups, causal, scale, lse):
     query_group, key_group = query_group.to(torch.int64), key_group.to(torch.int64)
+    return torch.ops.pruneops_native.attention_mass(query, key, query_group, key_group, groups, causal, scale, lse)
+
+
+def _cuda(query, key, query_group, key_group, groups, causal, scale, lse):
     return torch.ops.pruneops_native.attention_mass(query, key, query_group, key_group, groups, causal, scale, lse)
 
 
@@ -206,5 +216,11 @@ define(
     " float? scale=None, Tensor? lse=None) -> (Tensor mass, Tensor lse)",
     _check,
     _fake,
-    {"reference": reference.attention_mass, "cpu": _batched(_native), "triton": _batched(_triton)},
+    {
+        "reference": reference.attention_mass,
+        "cpu": _batched(_native),
+        "triton": _batched(_triton),
+        "cuda": _batched(_cuda),
+    },
+    shape_class=rows_class,
 )

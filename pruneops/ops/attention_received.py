@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ._library import OPTIONAL_TENSOR, define, dense, expect_companion, expect_type
-from .attention_mass import expect_heads, expect_softmax_types
+from .attention_mass import expect_heads, expect_softmax_types, rows_class
 
 
 def attention_received(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
@@ -91,5 +91,11 @@ define(
     " bool causal=True, float? scale=None, Tensor? lse=None) -> Tensor",
     _check,
     _fake,
-    {"reference": reference.attention_received, "cpu": _batched(_native), "triton": _batched(_triton)},
+    {
+        "reference": reference.attention_received,
+        "cpu": _batched(_native),
+        "triton": _batched(_triton),
+        "cuda": _batched(_native),
+    },
+    shape_class=rows_class,
 )

@@ -52,10 +52,13 @@ def gather_tokens(tensors, keep, dim=1):
     >>> positions[0]
     tensor([[0, 3]])
     """
-    _expect_types("gather_tokens", "tensors", tensors, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
-    for i, one in enumerate(dim if isinstance(dim, (list, tuple)) else ()):
-        expect_type("gather_tokens", **{f"dim[{i}]": (one, INT)})
-    return torch.ops.pruneops.gather_tokens(tensors, keep, dim)
+    try:
+        return torch.ops.pruneops.gather_tokens(tensors, keep, dim)
+    except (RuntimeError, TypeError):  # checked when something is wrong
+        _expect_types("gather_tokens", "tensors", tensors, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
+        for i, one in enumerate(dim if isinstance(dim, (list, tuple)) else ()):
+            expect_type("gather_tokens", **{f"dim[{i}]": (one, INT)})
+        raise
 
 
 def _dims(tensors, dim):
@@ -106,6 +109,8 @@ def _native(tensors, keep, dim=1):
 def _triton(tensors, keep, dim=1):
     from ..triton_kernels import gather_tokens as kernels
 
+    if not keep.is_cuda:  # in its interpreter
+        _check(tensors, keep, dim)
     return kernels.gather_tokens(tensors, keep, _dims(tensors, dim))
 
 
@@ -142,6 +147,6 @@ define(
     _check,
     _fake,
     {"reference": reference.gather_tokens, "cpu": _native, "triton": _triton, "cuda": _native},
-    own_checks=("cpu", "cuda"),
+    own_checks=("cpu", "triton", "cuda"),
     gradient=(_gradients, _remember),
 )

@@ -206,9 +206,16 @@ def _packed(run):
 
     def call(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
         x = dense(x)
-        return run(x, cu_seqlens.to(torch.int64), ks, seeds, metric)
+        return run(x, cu_seqlens.to(torch.int64).contiguous(), ks, seeds, metric)
 
     return call
+
+
+def _shape_class(x, k, **_):
+    """Triton forms one product of all tokens with each other where CUDA C++ goes in rounds already."""
+    batch, tokens = x.shape[:-2].numel(), x.shape[-2]
+    one_product = 2048 < tokens <= 4096 and 4 * batch * tokens**2 <= 1 << 29
+    return "float32, one product" if one_product and x.dtype == torch.float32 else None
 
 
 def _native(x, k, seeds, mask, metric):
@@ -242,6 +249,7 @@ define(
         "triton": _unbatched(_triton),
         "cuda": _unbatched(_native),
     },
+    shape_class=_shape_class,
 )
 define(
     'kcenter_varlen(Tensor x, Tensor cu_seqlens, int[] ks, *, Tensor? seeds=None, str metric="cosine")'

@@ -190,12 +190,16 @@ def _native_in_place(caches, keep, *, lengths=None):
 def _triton(caches, keep, *, lengths=None):
     from ..triton_kernels import kv_compact as kernels
 
+    if not keep.is_cuda:  # in its interpreter
+        _check_new(caches, keep, lengths=lengths)
     return kernels.kv_compact(caches, keep, lengths)
 
 
 def _triton_in_place(caches, keep, *, lengths=None):
     from ..triton_kernels import kv_compact as kernels
 
+    if not keep.is_cuda:
+        _check_in_place(caches, keep, lengths=lengths)
     kernels.kv_compact_(caches, keep, lengths)
 
 
@@ -204,7 +208,7 @@ define(
     _check_new,
     lambda caches, keep, *, lengths=None: [new_cache(cache, keep.shape[-1]) for cache in caches],
     {"reference": reference.kv_compact, "cpu": _native, "triton": _triton, "cuda": _native},
-    own_checks=("cpu", "cuda"),
+    own_checks=("cpu", "triton", "cuda"),
 )
 define(
     "kv_compact_(Tensor(a!)[] caches, Tensor keep, *, Tensor? lengths=None) -> ()",
@@ -216,5 +220,5 @@ define(
         "triton": _triton_in_place,
         "cuda": _native_in_place,
     },
-    own_checks=("cpu", "cuda"),
+    own_checks=("cpu", "triton", "cuda"),
 )

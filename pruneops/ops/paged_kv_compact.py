@@ -54,10 +54,13 @@ def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
     >>> pruneops.pages_in_use(torch.tensor([2]), 2)
     tensor([1])
     """
-    op = "paged_kv_compact_"
-    expect_type(op, block_table=(block_table, Tensor), lengths=(lengths, Tensor), layout=(layout, str))
-    _expect_types(op, "pages", pages, keep=(keep, Tensor))
-    torch.ops.pruneops.paged_kv_compact_(pages, block_table, keep, lengths, layout=layout)
+    try:
+        torch.ops.pruneops.paged_kv_compact_(pages, block_table, keep, lengths, layout=layout)
+    except (RuntimeError, TypeError):  # checked when something is wrong: many tensors take microseconds to look at
+        op = "paged_kv_compact_"
+        expect_type(op, block_table=(block_table, Tensor), lengths=(lengths, Tensor), layout=(layout, str))
+        _expect_types(op, "pages", pages, keep=(keep, Tensor))
+        raise
     if torch.is_grad_enabled():
         torch.autograd.graph.increment_version(pages)
 
@@ -142,6 +145,8 @@ def _native(pages, block_table, keep, lengths, *, layout="NHD"):
 def _triton(pages, block_table, keep, lengths, *, layout="NHD"):
     from ..triton_kernels import paged_kv_compact as kernels
 
+    if not keep.is_cuda:  # in its interpreter
+        _check(pages, block_table, keep, lengths, layout=layout)
     kernels.paged_kv_compact_(pages, block_table, keep, lengths, layout)
 
 
@@ -150,5 +155,5 @@ define(
     _check,
     _fake,
     {"reference": reference.paged_kv_compact_, "cpu": _native, "triton": _triton, "cuda": _native},
-    own_checks=("cpu", "cuda"),
+    own_checks=("cpu", "triton", "cuda"),
 )

@@ -26,7 +26,8 @@ def duplication(x, pivots, *, mask=None, reduce="max"):
     scores = pivot_cosine(x, pivots, mask=mask)
     if reduce == "max":
         return scores.amax(-2)
-    return scores.mean(-2) if reduce == "mean" else scores.sum(-2)
+    total = scores.sum(-2)
+    return total / scores.shape[-2] if reduce == "mean" else total  # `mean` would multiply by 1 / P on CUDA
 
 
 def pivot_cosine_varlen(x, cu_seqlens, pivots, *, mask=None):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pruneops
+from pruneops.ops.gather_tokens import _dims
 from tests import contract, cuda_checks, strategies
 from tests.contract import CUDA_KERNELS, NATIVE, REFERENCE, assert_same_bits, call, every_backend, moved, on, size
 from tests.moves import BITS, PLACES, any_bits
@@ -283,6 +284,35 @@ def test_errors_without_values(bad):
 )
 def test_errors_of_type(changes, words):
     assert_type_refused("gather_tokens", {**GOOD, **changes}, words)
+
+
+# Triton's launcher
+
+
+@refused([bad for bad in BAD if not bad.values])
+def test_triton_refuses(bad):
+    """As on a card, where nothing looks at the arguments before the launcher does."""
+    kernels = pytest.importorskip("pruneops.triton_kernels.gather_tokens")
+    tensors, keep = bad.args
+    with pytest.raises(RuntimeError):
+        kernels.gather_tokens(tensors, keep, _dims(tensors, bad.kwargs.get("dim", 1)))
+
+
+TRITON_LAUNCHES = """
+import itertools
+from pruneops.triton_kernels import gather_tokens as kernels
+from tests.ops.test_gather_tokens import model_state
+for B, S, K in itertools.product((1, 2), (40, 300), (3, 32)):
+    tensors, dims = model_state(B, S, 256)
+    kernels.gather_tokens(tensors, torch.arange(K).expand(B, -1), dims)
+"""
+
+
+def test_triton_launchers_compile():
+    """Every form launches as it would on a card; other lengths and batches compile nothing anew."""
+    launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
+    assert launched == 2 * 2 * 2 * 4  # hidden states, positions, mask, cos and sin
+    assert compiled == 4  # 16 bytes at a time in slices of two widths, 8, 1
 
 
 # CUDA

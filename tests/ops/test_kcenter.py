@@ -246,8 +246,13 @@ def test_many_tiles(target, metric, tokens, width, k):
     assert_answer(case, result, rounding(x, metric))
     if target.backend == "reference":  # a BLAS may sum equal rows in different orders
         return
-    step = torch.full((tokens,), k)
-    step[result.indices] = torch.arange(k)
+    assert_copies_in_order(x, result.indices)
+
+
+def assert_copies_in_order(x, indices):
+    """Of equal tokens [N, D] the first is chosen first."""
+    step = torch.full((len(x),), len(indices))
+    step[indices] = torch.arange(len(indices))
     token_of = x.unique(dim=0, return_inverse=True)[1]
     for token in token_of.bincount().gt(1).nonzero()[:, 0]:
         steps = step[token_of == token]
@@ -276,7 +281,9 @@ def test_triton_rounds(target, metric, monkeypatch):
     small = {"BLOCK_S": 64, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16}
     monkeypatch.setattr(kernels, "GRAM_TOKENS", 0)
     monkeypatch.setattr(kernels, "CANDIDATES", (16, 16))
-    monkeypatch.setattr(kernels, "ROUNDS", {access: {**tiles, **small} for access, tiles in kernels.ROUNDS.items()})
+    monkeypatch.setattr(
+        kernels, "ROUNDS", {access: (small, options) for access, (_, options) in kernels.ROUNDS.items()}
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = 100
     seeds, mask = seeds_and_mask((2, tokens), count=20)
@@ -288,6 +295,23 @@ def test_triton_rounds(target, metric, monkeypatch):
         for x, tolerance in ((exact, 0.0), (real, rounding(real, metric))):
             case = Case(x, 50, metric, **chosen)
             assert_answer(case, case.run(target), tolerance)
+
+
+@on(contract.Target("triton", "cpu"))
+@pytest.mark.parametrize("metric", METRICS)
+def test_triton_similarities_of_copies(target, metric, monkeypatch):
+    """Equal tokens are equally similar to all others, to the bit, in tiles that are computed and that are mirrored."""
+    from pruneops.triton_kernels import kcenter as kernels
+
+    small = {access: ({"BLOCK": 16, "BLOCK_D": 16}, options) for access, (_, options) in kernels.GRAM.items()}
+    seen, greedy = [], kernels._kcenter_greedy_kernel
+    monkeypatch.setattr(kernels, "GRAM", small)
+    monkeypatch.setattr(kernels, "_kcenter_greedy_kernel", lambda *args: (seen.append(args[2].clone()), greedy(*args)))
+    x = contract.with_copies(clustered((90, 20)), torch.Generator().manual_seed(1))
+    Case(x, 90, metric).run(target)
+    first_of = (x[:, None] == x).all(-1).int().argmax(1)  # [N] the first token that equals this one
+    rows = seen[0].view(90, 90)
+    contract.assert_same_bits(rows, rows[first_of])
 
 
 # Relations between answers
@@ -635,7 +659,7 @@ def test_cuda_offsets_past_two_to_the_31(target, tokens):
 TRITON_LAUNCHES = """
 from pruneops.triton_kernels import kcenter as kernels
 
-kernels._multiprocessors = lambda device: 132
+kernels.multiprocessors = lambda device: 132
 for dtype, width in ((torch.bfloat16, 64), (torch.float32, 64), (torch.float16, 1), (torch.float32, 33)):
     for tokens in (50, 60, 5000, 5001):
         x = torch.ones(3, tokens, width, dtype=dtype)
@@ -652,8 +676,9 @@ def test_triton_launchers_compile():
     """Every form launches as it would on a card; other lengths, budgets and batches compile nothing anew."""
     launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
     assert launched == 4 * (2 * 9 + 2 * 6 + 4 * 4)
-    # a dtype: norms with and without mask, gram, rounds as batch and packed; the greedy kernel serves all dtypes
-    assert compiled == 4 * (2 + 1 + 2) + 1
+    # a dtype: norms with and without mask, for Gram and for rounds; gram; rounds as batch and packed, with seeds and
+    # without; the greedy kernel, with seeds and without, serves all dtypes
+    assert compiled == 4 * (4 + 1 + 4) + 2
 
 
 TRITON_TEAMS = """
@@ -668,11 +693,11 @@ from tests.resident_programs import Resident
 torch.set_num_threads(1)
 small = {"BLOCK_S": 64, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16}
 kernels.GRAM_TOKENS, kernels.CANDIDATES = 0, (32, 32)
-kernels.ROUNDS = {access: {**tiles, **small} for access, tiles in kernels.ROUNDS.items()}
-kernels._kcenter_rounds_kernel = Resident(kernels._kcenter_rounds_kernel)
+kernels.ROUNDS = {access: (small, options) for access, (_, options) in kernels.ROUNDS.items()}
+kernels._kcenter_rounds_kernel.jit = Resident(kernels._kcenter_rounds_kernel.jit)
 generator = torch.Generator().manual_seed(0)
 for programs, batch in ((3, 1), (5, 2), (4, 3)):
-    kernels._multiprocessors = lambda device: programs
+    kernels.multiprocessors = lambda device: programs
     x = contract.with_copies(contract.small_integers((batch, 150, 16), generator), generator)
     seeds = torch.arange(40).flip(0).expand(batch, -1) if batch < 3 else None
     with pruneops.backend("triton"):

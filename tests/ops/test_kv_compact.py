@@ -453,6 +453,36 @@ def test_errors_of_type(op, changes, words):
     assert_type_refused(op, {**GOOD, **changes}, words)
 
 
+# Triton's launchers
+
+
+@refused([bad for bad in BAD if not bad.values or "same memory" in bad.id])
+def test_triton_refuses(bad):
+    """As on a card, where nothing looks at the arguments before the launcher does."""
+    kernels = pytest.importorskip("pruneops.triton_kernels.kv_compact")
+    with pytest.raises(RuntimeError):
+        getattr(kernels, bad.op)(*bad.args, bad.kwargs.get("lengths"))
+
+
+TRITON_LAUNCHES = """
+import itertools
+from pruneops.triton_kernels import kv_compact as kernels
+for B, (S, K), count in itertools.product((1, 3), ((5, 3), (300, 256), (1000, 1)), (1, 8, 200)):
+    caches = [torch.zeros(B, 2, S, 64, dtype=torch.bfloat16) for _ in range(count)]
+    keep = torch.arange(K).expand(B, -1)
+    results = kernels.kv_compact(caches, keep, None)
+    assert len({result.untyped_storage().data_ptr() for result in results}) == count
+    kernels.kv_compact_(caches, keep, None)
+"""
+
+
+def test_triton_launchers_compile():
+    """Every form launches as it would on a card; other lengths, batches and counts compile nothing anew."""
+    launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
+    assert launched == 2 * 2 * 3 * (1 + 1 + 2)  # 200 caches: 192 and 8
+    assert compiled == 2 * 2  # kernels, lengths of the lists
+
+
 # CUDA
 
 

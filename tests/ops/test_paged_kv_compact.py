@@ -300,6 +300,34 @@ def test_errors_of_type(changes, words):
     assert_type_refused("paged_kv_compact_", {**GOOD, **changes}, words)
 
 
+# Triton's launcher
+
+
+@refused([bad for bad in BAD if not bad.values or "same memory" in bad.id])
+def test_triton_refuses(bad):
+    """As on a card, where nothing looks at the arguments before the launcher does."""
+    kernels = pytest.importorskip("pruneops.triton_kernels.paged_kv_compact")
+    with pytest.raises(RuntimeError):
+        kernels.paged_kv_compact_(*bad.args, bad.kwargs.get("layout", "NHD"))
+
+
+TRITON_LAUNCHES = """
+import itertools
+from pruneops.triton_kernels import paged_kv_compact as kernels
+for B, page, count, layout in itertools.product((1, 3), (8, 16), (1, 8), ("NHD", "HND")):
+    pages = [torch.zeros(40, 2, page, page, 64, dtype=torch.bfloat16) for _ in range(count)]
+    keep, table = torch.arange(B * page).expand(B, -1), torch.arange(12, dtype=torch.int32).view(B, -1)
+    kernels.paged_kv_compact_(pages, table, keep, torch.full((B,), page), layout)
+"""
+
+
+def test_triton_launchers_compile():
+    """Every form launches as it would on a card; other lengths, batches and pages compile nothing anew."""
+    launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
+    assert launched == 2 * 2 * 2 * 2
+    assert compiled == 1
+
+
 # CUDA
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pruneops
 from tests import contract, cuda_checks, strategies
@@ -206,6 +207,19 @@ def test_most_tokens(target):
     pivots = torch.tensor([0, tokens - 1])
     assert_scores(call(target, "pivot_cosine", x, pivots), expected.expand(2, -1))
     assert_scores(call(target, "duplication", x, pivots, reduce="sum"), 2 * expected)
+
+
+def test_reference_divides_for_the_mean():
+    """On CUDA `mean` multiplies by 1 / P, which is another number."""
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.overloadpacket is not torch.ops.aten.mean
+            return function(*args, **(kwargs or {}))
+
+    x = contract.signs((9, 16), torch.Generator().manual_seed(0))
+    with Called():
+        pruneops.reference.duplication(x, torch.tensor([0, 3, 5]), reduce="mean")
 
 
 @every_backend
@@ -727,4 +741,4 @@ def test_triton_launchers_compile():
     launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
     assert launched == 5 * 6 * (5 + 2)
     # few or many pivots, few or many tokens: as a batch, reduced, packed (with few tokens here)
-    assert compiled == (4 + 4 + 2) + (4 + 2)  # an odd width: batch strides that 16 divides, and others
+    assert compiled == (4 + 4 + 2) + 4
