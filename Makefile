@@ -1,14 +1,17 @@
 # make demo   set up and run the main job          make test   set up, lint, all tests
-# make install / lint / bench / gpu / clean; PYTHON=python3.12 chooses the interpreter
+# make install / lint / bench / gpu / gpu-tune / clean; PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test install lint bench gpu clean test-triton-oldest test-triton-newest test-transformers-oldest \
-	test-lmms-eval
+.PHONY: demo test install lint bench gpu gpu-tune clean test-soak test-triton-oldest test-triton-newest \
+	test-transformers-oldest test-lmms-eval
 
 demo: install
 	$(BIN)/pruneops demo
+
+# tests look at the code for every architecture, if this is what builds it
+test: export PRUNEOPS_CUDA_ARCHS ?= all
 
 install: .venv/.built
 
@@ -20,6 +23,7 @@ install: .venv/.built
 	touch $@
 
 .venv/.built: .venv/.packages $(SOURCES)
+	@echo "building the C++ and CUDA kernels, one to three minutes on 2 cores"
 	PATH="$(CURDIR)/$(BIN):$$PATH" PRUNEOPS_REQUIRE_NATIVE=1 \
 		$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(BIN)/pruneops info
@@ -31,7 +35,12 @@ lint: install
 
 test: lint
 	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
-	$(MAKE) test-triton-oldest test-triton-newest test-transformers-oldest test-lmms-eval
+	$(MAKE) test-soak test-triton-oldest test-triton-newest test-transformers-oldest test-lmms-eval
+
+# random calls of every operator and backend against float64, a minute on each core
+test-soak: install
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --seconds 60 --device cpu --backends triton & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --seconds 60 --device cpu && wait $$!
 
 # answers of the operators on the oldest supported and on the newest Triton, and that kernels compile for two cards;
 # adapters on the oldest supported transformers
@@ -56,9 +65,14 @@ bench: install
 	for operator in $(basename $(notdir $(wildcard benchmarks/ops/[!_]*.py))); do \
 		$(BIN)/python -m benchmarks ops $$operator || exit; done
 
-# on a machine with a CUDA build of torch; uses the environment at hand, installs nothing
+# on a machine with a CUDA build of torch; both use the environment at hand and install nothing.
+# make gpu ARGS="--soak 60"; without a card: make gpu ARGS="--device cpu"
+AT_HAND = $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 gpu:
-	$(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python) -m benchmarks.gpu
+	$(AT_HAND) -m benchmarks.gpu $(ARGS)
+
+gpu-tune:
+	$(AT_HAND) -m benchmarks.tune $(ARGS)
 
 clean:
 	rm -rf .venv .overlays build dist *.egg-info pruneops/*.so pruneops/_build.json .pytest_cache .ruff_cache .hypothesis

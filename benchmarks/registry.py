@@ -52,12 +52,13 @@ class Peer:
 
     `prepare(case, arguments)` returns a function of nothing that is timed; compiling and graph
     capture happen in it. `seconds(case, ceilings)` is a guess at one run, by which a peer that
-    takes too long is left out.
+    takes too long is left out. One that `compiles` takes seconds to prepare: others go first.
     """
 
     prepare: Callable[[Case, dict], Callable[[], Any]]
     seconds: Callable[[Case, Any], float]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    compiles: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pruneops import backends
 
 from . import registry
 
-WATCHED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+WATCHED = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # the quicker first: a tool may run out of time
 
 
 def main(argv=None):

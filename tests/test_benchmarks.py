@@ -1,13 +1,19 @@
 """The benchmark harness, on cases too small to mean anything: timings are never asserted."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +26,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import gpu, harness, machine, registry, report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gpu,
+    guard,
+    harness,
+    machine,
+    registry,
+    report,
+    spaces,
+    stages,
+    summary,
+    tally,
+    tune,
+)
 from pruneops import backends  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -126,7 +144,7 @@ def test_floor_is_reads_and_copies_or_operations():
 def test_tiny_cases_of_every_operator(name, tmp_path, capsys):
     out, operator = tmp_path / "run.json", OPERATORS[name]
     peers = [peer for peer in operator.peers if peer != "compiled"]
-    options = ["--backends", "reference", "--peers", ",".join(peers), "--seconds", "1", "--out", str(out)]
+    options = ["--backends", "reference", "--peers", ",".join(peers), "--seconds", "10", "--out", str(out)]
     assert command.main(["ops", name, "--device", "cpu", "--cases", "tiny", *options]) == 0
     table = capsys.readouterr().out
     assert "graph not run" in table and "WRONG" not in table
@@ -403,47 +421,504 @@ def test_every_sanitized_shape_is_right(name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_gpu_run_without_a_gpu_says_so():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "benchmarks.gpu: PyTorch sees no GPU here; nothing was run\n"
+@pytest.mark.parametrize("module", ["gpu", "tune"])
+def test_gpu_run_without_a_gpu_says_so(module, capsys):
+    assert {"gpu": gpu, "tune": tune}[module].main([]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err == f"benchmarks.{module}: PyTorch sees no GPU here; nothing was run\n"
 
 
-def test_gpu_rehearsal_records_skips_as_skips(tmp_path, capsys):
-    assert gpu.main(["--device", "cpu", "--stages", "build,tests,sanitize", "--results", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*.json")
-    document = json.loads(path.read_text())
-    stages = {stage["name"]: stage["status"] for stage in document["stages"]}
-    assert document["complete"] and stages["build"] == "passed"
-    assert all(stages[name] == "skipped" for name in ("tests", *gpu.TOOLS))
-    assert "| memcheck | skipped |" in path.with_suffix(".md").read_text()
+def tensors_of(value, seen):
+    """Tensors that a function closes over, however deep."""
+    if id(value) in seen:
+        return []
+    seen[id(value)] = value
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = []
+    if isinstance(value, (list, tuple)):
+        inner = list(value)
+    elif isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, functools.partial):
+        inner = [value.func, value.args, value.keywords]
+    elif callable(value) and hasattr(value, "__closure__"):
+        inner = [cell.cell_contents for cell in value.__closure__ or ()] + [value.__defaults__, value.__kwdefaults__]
+    elif type(value).__module__.startswith("benchmarks."):
+        inner = list(vars(value).values())
+    return [tensor for own in inner for tensor in tensors_of(own, seen)]
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """CUDA graphs that record nothing: what they run, they run at once."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_replay_holds_its_call(no_card):
+    tensor = torch.ones(3)
+    held = weakref.ref(tensor)
+    replay = harness.capture(lambda tensor=tensor: tensor + 1)
+    del tensor
+    gc.collect()
+    assert held() is not None and torch.equal(replay(), torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_captured_peers_hold_all_that_they_close_over(name, no_card, monkeypatch):
+    """A graph knows addresses: tensors made for a peer must live as long as what replays it."""
+    module = sys.modules[f"benchmarks.ops.{name}"]
+    held = []
+
+    def capture(call):
+        held.extend(weakref.ref(tensor) for tensor in tensors_of(call, {}))
+        return harness.capture(call)
+
+    monkeypatch.setattr(module, "capture", capture)
+    if hasattr(module, "on_card"):  # as if its tensors were on one
+        monkeypatch.setattr(module, "on_card", lambda call, tensor: capture(call))
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    cases = OPERATORS[name].select("tiny", CPU)
+    if name == "kcenter":
+        cases.append(small(KCENTER, "varlen-d1024-float32", D=24, lengths=[50, 30], ks=[9, 4]))
+    captured = 0
+    for case in cases:
+        for label, peer in OPERATORS[name].peers.items():
+            if label == "flex":  # is not captured
+                continue
+            replay = peer.prepare(case, OPERATORS[name].arguments(case, CPU))
+            gc.collect()
+            assert all(reference() is not None for reference in held), (case.name, label)
+            captured += bool(held)
+            del replay
+            held.clear()
+    assert captured >= len(cases)
+
+
+def breaking_card(monkeypatch):
+    """A device that seems to be a card, and a function that breaks its context."""
+    state = {"lost": False}
+
+    def synchronize(device=None):
+        if state["lost"]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(harness, "Clock", lambda device: machine.Clock(CPU))
+    return SimpleNamespace(type="cuda"), lambda: state.update(lost=True)
+
+
+@pytest.mark.parametrize("breaks_at", [1, 4])  # when it is prepared, when contenders take turns
+def test_a_lost_context_is_the_fault_of_whom_it_befell(breaks_at, monkeypatch):
+    device, lose = breaking_card(monkeypatch)
+    loop, calls, told = KCENTER.peers["loop"], [], []
+
+    def prepare(case, arguments):
+        call = loop.prepare(case, arguments)
+
+        def counted():
+            calls.append(None)
+            if len(calls) >= breaks_at:
+                lose()
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return call()
+
+        return counted
+
+    peers = {"fine": loop, "breaks": registry.Peer(prepare, lambda case, ceilings: 0), "late": loop}
+    operator = dataclasses.replace(KCENTER, peers=peers, arguments=lambda case, device: KCENTER.arguments(case, CPU))
+    found = harness.contenders(operator, TINY, CPU, [], list(peers), CEILINGS)
+    with pytest.raises(harness.ContextLost, match=r"illegal memory access was encountered$"):
+        harness.run_case(operator, TINY, device, found, CEILINGS, 2, doing=lambda *at: told.append(at))
+    assert told[-1] == (TINY.name, "breaks")
+
+
+def test_one_that_fails_in_a_turn_costs_only_itself():
+    calls = []
+
+    def fails_later(case, arguments):
+        def call():
+            calls.append(None)
+            if len(calls) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return KCENTER.peers["loop"].prepare(case, arguments)()
+
+        return call
+
+    peers = {"tires": registry.Peer(fails_later, lambda case, ceilings: 0), "loop": KCENTER.peers["loop"]}
+    operator = dataclasses.replace(KCENTER, peers=peers)
+    found = harness.contenders(operator, TINY, CPU, [], list(peers), CEILINGS)
+    first, second = harness.run_case(operator, TINY, CPU, found, CEILINGS, 1)["contenders"]
+    assert (first["status"], first["reason"]) == ("failed", "OutOfMemoryError: out of memory")
+    assert second["status"] == "ok" and "tires" not in second["ratios"]
+
+
+def test_an_operator_without_a_kernel_is_not_there(monkeypatch, capsys):
+    reason = "attention_mass has no such kernel; it has reference, triton"
+
+    def absent(arguments):
+        raise backends.BackendUnavailable(f"backend 'cpu' cannot run here: {reason}")
+
+    monkeypatch.setattr(registry, "operator", lambda name: dataclasses.replace(KCENTER, call=absent))
+    monkeypatch.setattr(backends, "why_not", lambda name, kind: None if name == "cpu" else "not today")
+    slow = machine.Ceilings(read=1e3, copy=1e3, matmul={torch.float32: 1e11})  # no reference to compare with
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: slow)
+    options = ["--device", "cpu", "--cases", "tiny", "--backends", "cpu", "--peers", "none", "--seconds", "1"]
+    assert command.main(["ops", "kcenter", *options]) == 0
+    streams = capsys.readouterr()
+    assert f"not there: {reason}" in streams.out and "failed" not in streams.out
+
+
+def test_backends_of_all_cases_come_first_and_what_compiles_last(monkeypatch, tmp_path, capsys):
+    """What is slow to prepare takes the time of nobody else; time passes there only."""
+    now, told = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    for module in (command, harness):
+        monkeypatch.setattr(module, "time", clock)
+
+    def slow(case, arguments):
+        now[0] += 3
+        return KCENTER.peers["loop"].prepare(case, arguments)
+
+    peers = {"compiles": registry.Peer(slow, lambda *_: 0, compiles=True), "quick": KCENTER.peers["loop"]}
+    cases = tuple(dataclasses.replace(TINY, name=f"case-{i}") for i in range(3))
+    sets = {"cpu": {"tiny": tuple(case.name for case in cases)}}
+    operator = dataclasses.replace(KCENTER, peers=peers, cases=cases, sets=sets)
+    monkeypatch.setattr(registry, "operator", lambda name: operator)
+    monkeypatch.setattr(guard.Watch, "doing", lambda self, *at: told.append(at))
+    out = tmp_path / "run.json"
+    options = ["--backends", "reference", "--seconds", "4", "--backends-first", "--out", str(out)]
+    assert command.main(["ops", "kcenter", "--device", "cpu", "--cases", "tiny", *options]) == 0
+    document = json.loads(out.read_text())
+    assert document["complete"] and [case["rank"] for case in document["cases"]] == [2, 2, 2]
+    found = [{entry["name"]: entry for entry in case["contenders"]} for case in document["cases"]]
+    for case in found:
+        assert case["reference"]["status"] == case["quick"]["status"] == "ok"
+        assert case["reference"]["check"]["agree_with_reference"] == 10
+        assert "quick" in case["reference"]["ratios"]
+    assert [case["compiles"]["status"] for case in found] == ["ok", "skipped", "skipped"]
+    assert found[0]["compiles"]["prepare_s"] == 3 and "takes 3 s to prepare" in found[1]["compiles"]["reason"]
+    firsts = [told.index((case.name, name)) for name in ("reference", "quick") for case in cases]
+    assert firsts == sorted(firsts) and firsts[-1] < told.index(("case-0", "compiles"))
+
+
+def test_a_peer_that_compiles_goes_last_in_its_case():
+    peers = {"a": registry.Peer(None, lambda *_: 0, compiles=True), "b": registry.Peer(None, lambda *_: 0)}
+    operator = dataclasses.replace(KCENTER, peers=peers)
+    found = harness.contenders(operator, TINY, CPU, ["reference"], list(peers), CEILINGS)
+    assert [contender.name for contender in found] == ["reference", "b", "a"]
+
+
+@pytest.mark.parametrize("median, graph, host, recorded", [
+    (5e-3, False, 3e-4, True),  # works for long, returns early
+    (5e-3, True, 3e-4, False),
+    (5e-3, False, 2e-3, False),
+    (5e-4, True, 1e-5, True),
+])  # fmt: skip
+def test_host_time_of_backends_on_a_card(median, graph, host, recorded, monkeypatch):
+    seen = []
+
+    def host_seconds(backend, call, device, blocks, calls):
+        seen.append(blocks * calls * median)
+        return host
+
+    monkeypatch.setattr(harness, "host_seconds", host_seconds)
+    contender = harness.Contender("cuda", "backend", None, 0, torch.float32, "cuda", graph=graph)
+    entry = {"median_s": median}
+    harness._time_host(contender, ("cuda", None), SimpleNamespace(type="cuda"), entry, None)
+    assert ("host_s" in entry) == recorded and sum(seen) < 0.5
+
+
+# A process that does as guarded ones do, with contenders that end it in every way; it imports nothing that is slow.
+DYING = """
+import argparse, json, os, signal, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+for name in ("out", "doing", "skip"):
+    parser.add_argument(f"--{name}", type=Path)
+for name in ("resume", "wait"):
+    parser.add_argument(f"--{name}", action="store_true")
+options = parser.parse_args()
+assert float(sys.stdin.readline()) > 0
+skip = json.loads(options.skip.read_text())
+known = json.loads(options.out.read_text())["cases"] if options.out.exists() else []
+for case in ("first", "second", "third"):
+    for contender in ("good", "exits", "killed", "aborts", "hangs"):
+        if any(entry[:2] == [case, contender] for entry in known):
+            continue
+        how = [own[2:] for own in skip if own[0] in (case, None) and own[1] == contender]
+        if not how:
+            options.doing.write_text(json.dumps([case, contender]))
+            print(f"  {case} {contender}: 0.0 s", file=sys.stderr, flush=True)
+            if contender == "exits":
+                print("boom", file=sys.stderr, flush=True)
+                os._exit(7)
+            if contender == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if contender == "aborts":
+                os.abort()
+            if contender == "hangs":
+                time.sleep(60)
+            options.doing.write_text("null")
+        known.append([case, contender, *(how[0] if how else ["ok", ""])])
+        options.out.with_suffix(".new").write_text(json.dumps({"cases": known}))
+        options.out.with_suffix(".new").rename(options.out)
+"""
+
+
+def test_a_process_that_dies_or_hangs_costs_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(guard, "LEAST_PATIENCE", 1)
+    monkeypatch.setattr(guard, "PATIENCE", 0)
+    script, seen = tmp_path / "dying.py", []
+    script.write_text(DYING)
+    guarded = guard.Guarded([sys.executable, script], tmp_path, seen.append)
+    guarded.ready()
+    assert guarded.run(90)[:2] == ("ended", 0)
+    assert {(case, contender): how for case, contender, how, _ in guarded.crashes} == {
+        (case, contender): "hung" if contender == "hangs" else "crashed"
+        for case in ("first", "second")
+        for contender in ("exits", "killed", "aborts", "hangs")
+    }
+    words = {contender: words for _, contender, _, words in guarded.crashes}
+    assert words["exits"] == "exit status 7: boom" and words["killed"] == "SIGKILL"
+    assert words["aborts"] == "SIGABRT: Fatal Python error: Aborted" and words["hangs"].startswith("no end after")
+    assert len(seen[-1]["cases"]) == 15 and len(seen) >= 3
+    ends = {(case, contender): rest for case, contender, *rest in seen[-1]["cases"]}
+    assert all(ends[case, "good"][0] == "ok" for case in ("first", "second", "third"))
+    assert ends["third", "killed"] == ["crashed", "in 2 other cases"]
+
+
+@pytest.mark.parametrize("script, ended", [
+    ("import time; time.sleep(60)", "out of time"),
+    ("raise SystemExit('no such option')", "failed"),  # it died before it came to any contender
+])  # fmt: skip
+def test_guarded_processes_that_get_nowhere(script, ended, tmp_path):
+    guarded = guard.Guarded([sys.executable, "-c", script], tmp_path, None)
+    begin = time.monotonic()
+    assert guarded.run(2 if ended == "out of time" else 30)[0] == ended
+    assert time.monotonic() - begin < 20 and not guarded.crashes
+
+
+def test_crashes_of_a_real_benchmark(tmp_path, monkeypatch, capsys):
+    """One contender dies as it is prepared, one as they take turns; the others come out as if nothing had been."""
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        textwrap.dedent("""
+        import dataclasses, os, signal, sys
+        import torch
+        from benchmarks import __main__ as command, machine, registry
+
+        kcenter = registry.operator("kcenter")
+        loop = kcenter.peers["loop"]
+
+        def aborts(case, arguments):
+            os.abort()
+
+        def dies_in_a_turn(case, arguments):
+            call, count = loop.prepare(case, arguments), []
+
+            def counted():
+                count.append(None)
+                if len(count) == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call()
+
+            return counted
+
+        peers = {name: dataclasses.replace(loop, prepare=own) for name, own in (
+            ("aborts", aborts), ("loop", loop.prepare), ("dies", dies_in_a_turn), ("late", loop.prepare)
+        )}
+        registry.operator = lambda name: dataclasses.replace(kcenter, peers=peers)
+        machine.ceilings = lambda device, dtypes: machine.Ceilings(1e10, 1e10, {torch.float32: 1e11})
+        sys.exit(command.main(sys.argv[1:]))
+    """)
+    )
+    options = ["ops", "kcenter", "--device", "cpu", "--cases", "tiny", "--backends", "reference", "--backends-first"]
+    run = SimpleNamespace(document={"operators": {}}, cases="tiny", device=CPU)
+    record = functools.partial(run.document["operators"].__setitem__, "kcenter")
+    guarded = guard.Guarded([sys.executable, script, *options], tmp_path, record)
+    assert stages.operator("kcenter", guarded, run, 120) == ("passed", "1 of 1 cases", {})
+    (case,) = run.document["operators"]["kcenter"]["cases"]
+    entries = {entry["name"]: entry for entry in case["contenders"]}
+    assert entries["aborts"]["status"] == entries["dies"]["status"] == "crashed"
+    assert (
+        entries["aborts"]["reason"] == "SIGABRT: Fatal Python error: Aborted" and entries["dies"]["reason"] == "SIGKILL"
+    )
+    assert all(entries[name]["status"] == "ok" for name in ("reference", "loop", "late"))
+    assert {"loop", "late"} == set(entries["reference"]["ratios"])
+    assert "crashed: SIGKILL" in report.text(run.document["operators"]["kcenter"])
+
+
+def idle(*_):
+    return "passed", "", {}
+
+
+def rehearse(tmp_path, *options):
+    """Exit status and record of a run without a card."""
+    status = gpu.main(["--device", "cpu", "--results", str(tmp_path), *options])
+    return status, json.loads(next(tmp_path.glob("*.json")).read_text())
+
+
+def test_gpu_rehearsal(tmp_path, monkeypatch, capsys):
+    """Every stage, the benchmark of one operator, the sweep of one kernel."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # teams of threads wait for each other on a busy machine
+    status, document = rehearse(tmp_path, "--operators", "attention_received", "--soak", "1")
+    found = {stage["name"]: (stage["status"], stage["words"]) for stage in document["stages"]}
+    assert status == 0 and document["complete"], found
+    assert {name for name, (status, _) in found.items() if status == "passed"} >= {
+        "build", "compile ahead", "tests", "small shapes", "benchmark attention_received", "tune",
+    }  # fmt: skip
+    assert all(found[name][0] == "skipped" for name in stages.TOOLS)
+    assert found["soak"][0] in ("passed", "not there")
+    (path,) = tmp_path.glob("*.md")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("record: ") and path.name in last and last in path.read_text()
+    assert "## attention_received" in path.read_text()
+
+
+def test_gpu_builds_for_its_card_alone(monkeypatch, capsys):
+    asked = {}
+
+    def launch(command, limit, **environment):
+        asked.update(environment)
+        return 0, ""
+
+    monkeypatch.delenv("PRUNEOPS_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(stages, "launch", launch)
+    monkeypatch.setattr(backends, "why_not", lambda name, kind: None)
+    run = SimpleNamespace(device=SimpleNamespace(type="cuda"), document={"machine": {}})
+    assert stages.build(run, 60)[:2] == ("passed", "triton, cuda can run")
+    assert asked == {"PRUNEOPS_CUDA_ARCHS": "90"}
+    monkeypatch.setattr(backends, "why_not", lambda name, kind: "it does not load" if name == "cuda" else None)
+    assert stages.build(run, 60)[:2] == ("failed", "cannot run: cuda")
 
 
 def test_gpu_stages_that_fail_cost_only_themselves(tmp_path, monkeypatch, capsys):
     sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    monkeypatch.setattr(gpu, "build", lambda run, limit: gpu.launch(sleep, min(limit, 1)))
-    monkeypatch.setattr(gpu, "tests", lambda run, limit: 1 / 0)
-    monkeypatch.setattr(gpu, "sanitize", lambda tool, run, limit: ("not found", "no tool", {}))
-    assert gpu.main(["--device", "cpu", "--stages", "build,tests,sanitize", "--results", str(tmp_path)]) == 1
-    stages = json.loads(next(tmp_path.glob("*.json")).read_text())["stages"]
-    assert [stage["status"] for stage in stages] == ["out of time", "failed"] + ["not found"] * 5
-    assert "begun" in stages[0]["output"] and "division" in stages[1]["words"]
+    monkeypatch.setattr(stages, "build", lambda run, limit: guard.launch(sleep, min(limit, 1)))
+    monkeypatch.setattr(stages, "tests", lambda run, limit: 1 / 0)
+    monkeypatch.setattr(stages, "sanitize", lambda tool, run, limit: ("not found", "no tool", {}))
+    status, document = rehearse(tmp_path, "--stages", "build,tests,sanitize")
+    found = {stage["name"]: stage for stage in document["stages"]}
+    assert (
+        status == 1 and [stage["status"] for stage in found.values()] == ["out of time", "failed"] + ["not found"] * 5
+    )
+    assert "begun" in found["build"]["output"] and "division" in found["tests"]["words"]
+
+
+def test_gpu_record_is_written_after_every_step(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def look(*_):
+        document = json.loads(next(tmp_path.glob("*.json")).read_text())
+        assert next(tmp_path.glob("*.md")).exists() and not document["complete"]
+        seen.append([stage["name"] for stage in document["stages"] if stage["status"] == "passed"])
+        return "passed", "", {}
+
+    def operator(name, guarded, run, limit):
+        guarded.record({"peers": [], "cases": [{"name": "known"}] if len(seen) % 2 else []})
+        return look()
+
+    for name in ("build", "soak"):
+        monkeypatch.setattr(stages, name, look if name == "soak" else idle)
+    monkeypatch.setattr(stages, "ahead", idle)
+    monkeypatch.setattr(stages, "operator", operator)
+    monkeypatch.setattr(report, "markdown", lambda document: "")
+    monkeypatch.setattr(summary, "lines", lambda document, path: ["title"])
+    monkeypatch.setattr(guard.Guarded, "ready", lambda self: None)
+    status, document = rehearse(tmp_path, "--stages", "build,soak,operators", "--operators", "kcenter,kv_compact")
+    assert status == 0 and document["complete"]
+    assert "build" in seen[0] and "soak" in seen[1] and "benchmark kcenter" in seen[2]
+    assert set(document["operators"]) == {"kcenter", "kv_compact"}
+
+
+def test_gpu_interruption_leaves_a_whole_record(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def long(*arguments):
+        started.append(None)
+        return guard.launch([sys.executable, "-c", "import time; time.sleep(60)"], 50)
+
+    monkeypatch.setattr(stages, "build", idle)
+    for name in ("tests", "sanitize", "soak"):
+        monkeypatch.setattr(stages, name, long)
+
+    def interrupt():
+        while len(started) < 7 or len(guard.Process.running) < 7:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread, begin = threading.Thread(target=interrupt, daemon=True), time.monotonic()
+    thread.start()
+    try:
+        status, document = rehearse(tmp_path, "--stages", "build,tests,sanitize,soak")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 130 and not document["complete"] and time.monotonic() - begin < 40
+    assert [stage["status"] for stage in document["stages"]] == ["passed"] + ["interrupted"] * 7
+    assert not guard.Process.running and "INCOMPLETE" in capsys.readouterr().out
 
 
 def test_gpu_operators_share_the_time_those_with_goals_first(tmp_path, monkeypatch, capsys):
     assert set(gpu.SHARES) == set(OPERATORS)
     limits = {}
 
-    def idle(name, run, limit):
+    def operator(name, guarded, run, limit):
         limits[name] = limit
         return "passed", "", {}
 
-    monkeypatch.setattr(gpu, "operators", idle)
-    options = ["--device", "cpu", "--stages", "operators", "--results", str(tmp_path), "--seconds", "100"]
-    assert gpu.main(options) == 0
+    monkeypatch.setattr(stages, "operator", operator)
+    monkeypatch.setattr(stages, "ahead", idle)
+    monkeypatch.setattr(guard.Guarded, "ready", lambda self: None)
+    assert rehearse(tmp_path, "--stages", "operators", "--seconds", "100")[0] == 0
     assert list(limits)[:3] == ["kcenter", "attention_mass", "exclusive_bottomk"]
-    assert limits["kcenter"] == pytest.approx(100 * 6 / 27, abs=1)
-    assert list(limits.values())[-1] == pytest.approx(100, abs=3)  # all that the others left
+    assert limits["kcenter"] == pytest.approx(99 * gpu.SHARES["kcenter"] / sum(gpu.SHARES.values()), abs=1)
+    assert list(limits.values())[-1] == pytest.approx(99, abs=3)  # all that the others left
+
+
+def test_a_process_is_ended_with_all_that_it_started():
+    """One that holds on to the output too, and one that left the group is not waited for."""
+    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']," \
+        " start_new_session=True); print('begun', flush=True); time.sleep(60)"  # fmt: skip
+    begin = time.monotonic()
+    with pytest.raises(guard.OutOfTime, match="begun"):
+        guard.launch([sys.executable, "-c", script.replace("time.sleep(60)'", "time.sleep(9)'")], 2)
+    assert time.monotonic() - begin < 8
+
+
+def test_tests_that_run_out_of_time_leave_what_they_found(tmp_path, monkeypatch):
+    def report_of(name, outcome="passed", when="call", seconds=0.5):
+        return SimpleNamespace(nodeid=name, outcome=outcome, when=when, duration=seconds)
+
+    def launch(command, limit, **environment):
+        written = tally._Tally(environment["PRUNEOPS_TALLY"])
+        for each in (
+            report_of("a", when="setup"), report_of("a"), report_of("b", "failed", seconds=7.0),
+            report_of("c", "skipped", "setup"), report_of("d"), report_of("d", "failed", "teardown"),
+            report_of("e", "failed", "???"),
+        ):  # fmt: skip
+            written.pytest_runtest_logreport(each)
+        raise guard.OutOfTime("dots")
+
+    monkeypatch.setattr(stages, "launch", launch)
+    status, words, details = stages.tests(SimpleNamespace(device=CPU), 10)
+    assert status == "failed" and words == "out of time after 1 passed, 1 failed, 2 error, 1 skipped"
+    assert details["bad"] == ["b", "d", "e"] and details["slowest"][0] == ["b", 7.0]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +927,7 @@ def test_gpu_operators_share_the_time_those_with_goals_first(tmp_path, monkeypat
         ("a: ok\n========= ERROR SUMMARY: 0 errors", 0, "passed"),
         ("a: ok\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "passed"),
         ("a: ok\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", 0, "failed"),
-        ("a: ok\n========= ERROR SUMMARY: 2 errors", gpu.FOUND, "failed"),
+        ("a: ok\n========= ERROR SUMMARY: 2 errors", stages.FOUND, "failed"),
         ("========= ERROR SUMMARY: 0 errors", 0, "failed"),  # it watched nothing
         ("Device not supported", 0, "failed"),
         (None, 0, "not found"),
@@ -466,7 +941,132 @@ def test_sanitizer_passes_only_on_a_clean_summary(prints, status, ended, tmp_pat
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nonesuch"))
     run = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    assert gpu.sanitize("memcheck", run, 20)[0] == ended
+    assert stages.sanitize("memcheck", run, 20)[0] == ended
+
+
+@pytest.mark.parametrize(
+    "prints, status, words",
+    [
+        (
+            ["sanitize: kcenter cuda a: ok", "sanitize: kcenter triton a: ok"],
+            "incomplete",
+            "2 clean calls (cuda 1, triton 1)",
+        ),
+        (
+            ["sanitize: kcenter cuda a: ok", "========= Invalid __global__ read of size 4"],
+            "failed",
+            "Invalid __global__",
+        ),
+        (["sanitize: kcenter cuda a: WRONG"], "failed", "WRONG"),
+        ([], None, None),
+    ],
+)
+def test_sanitizer_that_runs_out_of_time(prints, status, words, monkeypatch):
+    def launch(*arguments, **options):
+        raise guard.OutOfTime("".join(f"{line}\n" for line in ["========= COMPUTE-SANITIZER", *prints]))
+
+    monkeypatch.setattr(stages, "launch", launch)
+    monkeypatch.setattr(stages.shutil, "which", lambda *arguments, **options: "compute-sanitizer")
+    run = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    if status is None:
+        with pytest.raises(guard.OutOfTime):
+            stages.sanitize("racecheck", run, 20)
+        return
+    ended = stages.sanitize("racecheck", run, 20)
+    assert ended[0] == status and words in ended[1] and ended[0] not in gpu.BAD[1:]
+
+
+def full_record():
+    """What a run on a card knows at its end, all cases with goals, much of it gone wrong."""
+    cuda, operators = torch.device("cuda"), {}
+    for name in gpu.SHARES:
+        peer = {"kind": "peer", "status": "ok", "reason": "ok", "median_s": 2e-3, "of_floor": 0.01}
+        entries = [
+            {"name": "triton", "kind": "backend", "status": "ok", "reason": "ok", "median_s": 9e-4, "of_floor": 0.02,
+             "host_s": 7e-5, "ratios": {"loop": 2.2}},
+            {"name": "cuda", "kind": "backend", "status": "ok", "reason": "ok", "median_s": 8e-4, "of_floor": 0.02,
+             "host_s": 2e-5, "ratios": {"loop": 2.5, "copy": 0.5}},
+            {"name": "loop", **peer}, {"name": "copy", **peer, "median_s": 4e-4, "reason": "a yardstick"},
+            *({"name": f"peer {i}", "kind": "peer", "status": "crashed", "reason": "SIGABRT: " + 300 * "x"}
+              for i in range(4)),
+        ]  # fmt: skip
+        cases = [{"name": case.name, "contenders": entries} for case in OPERATORS[name].select("goals", cuda)]
+        operators[name] = {"cases": cases}
+    names = ("build", "compile ahead", "tests", "small shapes", *stages.TOOLS, "soak")
+    found = [{"name": name, "status": "failed", "words": f"{name} " + 200 * "y", "seconds": 1.0} for name in names]
+    found += [{"name": f"benchmark {name}", "status": "passed", "words": "", "seconds": 1.0} for name in operators]
+    found[2]["bad"] = [f"tests/ops/test_kcenter.py::test_number_{i}[{200 * 'z'}]" for i in range(40)]
+    return {"device": "H100", "date": "2026-11-27T00:00:00", "commit": None, "dirty": True, "seconds": 299.0,
+            "stages": found, "operators": operators, "complete": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_summary_has_at_most_60_lines(copies, tmp_path):
+    document = full_record()
+    for known in document["operators"].values():
+        known["cases"] *= copies
+    lines = summary.lines(document, tmp_path / "record.json")
+    assert len(lines) <= 60 and max(map(len, lines)) <= summary.WIDTH
+    assert (
+        lines[0].startswith("H100") and lines[-1].startswith("record: ") and "INCOMPLETE: the run did not end" in lines
+    )
+    text = "\n".join(lines)
+    assert text.count("failed: tests/ops") == 3 and "failed: 37 more" in text
+    assert ("more cases" in text) == (copies > 1)
+    hosts = "triton 70.0 us (bar 60 us MISSED), cuda 20.0 us (bar 45 us met)"
+    assert f"benchmark kcenter: passed (1.0 s); host at most: {hosts}" in text
+    first = next(line for line in lines if "b1-n576-d1024-bfloat16" in line)
+    assert "cuda 800 us, 2 % of floor, 2.50x faster than loop, host 20.0 us; peer 0 crashed: SIGABRT" in first
+    if copies == 1:
+        assert sum(line.startswith("  ") for line in lines) == sum(
+            len(o["cases"]) for o in document["operators"].values()
+        )
+
+
+@pytest.mark.parametrize("space", spaces.SPACES, ids=lambda space: space.name)
+def test_spaces_name_what_is_there(space):
+    operator = OPERATORS[space.operator]
+    assert [case.name for case in operator.select(space.case, torch.device("cuda"))] == [space.case]
+    assert len(space.candidates) == len({tune.label(config) for config in space.candidates}) >= 3
+    for target in (space.target, *space.rehearsal[:1]):
+        now = target.current()
+        assert all(set(config) <= set(now) for config in space.candidates)
+        with target.use(now | space.candidates[0]):
+            assert {**now, **space.candidates[0]} == target.current()
+        assert target.current() == now and target.name in target.text(now)
+
+
+def test_overrides_tell_whether_they_were_read(monkeypatch):
+    module = SimpleNamespace(
+        T={"a": ({"X": 1}, {"num_warps": 4}), "b": ({"X": 9}, {})},
+        f=lambda n, wide: {"X": n, "num_warps": 4},
+        g=lambda n: n,
+    )
+    monkeypatch.setattr(spaces, "_module", lambda name: module)
+    entry = spaces.Table("m", "T", "a")
+    with entry.use({"X": 2, "num_warps": 8}) as used:
+        assert module.T["b"][0]["X"] == 9 and not used
+        assert module.T["a"] == ({"X": 2}, {"num_warps": 8}) and used
+    function = spaces.Function("m", "f", {1: True}, (1, True), (("g", "X"),))
+    with function.use({"X": 5}) as used:
+        assert module.f(3, False)["X"] == 3 and not used
+        assert module.f(3, True) == {"X": 5, "num_warps": 4} and module.g(3) == 5 and used
+    assert module.f(3, True)["X"] == 3 == module.g(3) and module.T["a"][0]["X"] == 1
+
+
+def test_sweep_proposes_only_what_is_right_and_faster():
+    def entry(label, status="ok", median=None, config=None):
+        return {"label": label, "status": status, "reason": "because", "config": config} | (
+            {"median_s": median} if median else {}
+        )
+
+    today, wrong = entry(tune.TODAY, median=4e-4), entry("X=1", "WRONG")
+    faster, as_fast = entry("X=2", median=3e-4, config={"X": 2}), entry("X=3", median=3.95e-4, config={"X": 3})
+    known = {"candidates": [today, wrong, faster, as_fast], "final": []}
+    assert tune.verdict(known) == ("passed", "X=2: 300 us, was 400 us (3 ok, 1 WRONG)", {"X": 2})
+    assert tune.verdict(known | {"final": [[tune.TODAY, 3e-4], ["X=2", 2.99e-4]]})[2] is None
+    assert tune.verdict(known | {"candidates": [today, as_fast]})[2] is None
+    assert tune.verdict(known | {"candidates": [entry(tune.TODAY, "failed"), faster]})[0] == "failed"
 
 
 @pytest.mark.gpu

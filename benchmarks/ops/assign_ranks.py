@@ -139,7 +139,7 @@ OPERATOR = Operator(
         "loop": Peer(_prepare(peers.loop), _seconds),
         "loop_item": Peer(_prepare(peers.loop_item), _item_seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, _seconds),
+        "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },
     sanitize=sanitize,
 )

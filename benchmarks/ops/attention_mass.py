@@ -306,7 +306,7 @@ OPERATOR = Operator(
         "materialised": Peer(_prepare_materialised, materialised_seconds),
         "one_hot": Peer(_prepare_one_hot, fused_seconds),
         "graph": Peer(_prepare_graph, fused_seconds, devices=("cuda",)),
-        "flex": Peer(_prepare_flex, fused_seconds, devices=("cuda",)),
+        "flex": Peer(_prepare_flex, fused_seconds, devices=("cuda",), compiles=True),
         "sdpa forward": Peer(prepare_forward, forward_seconds),
     },
     sanitize=sanitize,

@@ -244,7 +244,7 @@ OPERATOR = Operator(
         "topk": Peer(_prepare_eager, _seconds),
         "host_loop": Peer(_prepare(peers.host_choose, peers.host_features_choose), _host_seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, _seconds),
+        "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },
     sanitize=sanitize,
 )

@@ -179,7 +179,7 @@ OPERATOR = Operator(
         "index_select": Peer(_prepare(peers.tokens_index_select), _seconds),
         "gather": Peer(_prepare(peers.tokens_gather), _gather_seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, _seconds),
+        "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },
     sanitize=sanitize,
 )

@@ -246,7 +246,7 @@ OPERATOR = Operator(
     peers={
         "loop": Peer(_prepare(peers.loop), _loop_seconds),
         "loop_item": Peer(_prepare(peers.loop_item), _item_seconds),
-        "compiled": Peer(_prepare_compiled, _loop_seconds),
+        "compiled": Peer(_prepare_compiled, _loop_seconds, compiles=True),
         "graph": Peer(_prepare_graph, _loop_seconds, devices=("cuda",)),
         "n_by_n": Peer(_prepare(peers.n_by_n), _n_by_n_seconds),
     },

@@ -333,7 +333,7 @@ OPERATOR = Operator(
         "index_select": Peer(_prepare_index_select, moved_seconds),
         "gather": Peer(_prepare(peers.gather, peers.gather_), _gather_seconds),
         "graph": Peer(_prepare_graph, moved_seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, moved_seconds),
+        "compiled": Peer(_prepare_compiled, moved_seconds, compiles=True),
     },
     sanitize=sanitize,
 )

@@ -172,7 +172,7 @@ OPERATOR = Operator(
         "index_select": Peer(_prepare(peers.paged_index_select_), _seconds),
         "indexing": Peer(_prepare(peers.paged_indexing_), _seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, _seconds),
+        "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },
     sanitize=sanitize,
 )

@@ -239,7 +239,7 @@ OPERATOR = Operator(
         "normalized": Peer(_prepare(peers.normalized), _normalized_seconds),
         "per_pivot": Peer(_prepare(peers.per_pivot), _per_pivot_seconds),
         "graph": Peer(_prepare_graph, _normalized_seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, _normalized_seconds),
+        "compiled": Peer(_prepare_compiled, _normalized_seconds, compiles=True),
     },
     sanitize=sanitize,
 )
