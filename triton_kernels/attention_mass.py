@@ -408,7 +408,7 @@ def compile_forms():
         yield _attention_reduce_kernel, (G, listed, combine, torch.int32 if G == 1 else groups)
     tensors = (brain, 128), (half, 64), (brain, 256), (half, 80), (brain, 72), (half, 200), (full, 128), (full, 33)
     ends = (8, True, False, False), (4, True, True, False), (8, False, False, True), (4, False, True, False)
-    for (dtype, D), (G, listed, has_lse, split) in itertools.product(tensors, ends):
-        yield _attention_sums_kernel, (dtype, D, True, G, listed, has_lse, split, groups, groups)
-    for (dtype, D), listed in itertools.product(tensors, (True, False)):  # attention_received
-        yield _attention_sums_kernel, (dtype, D, True, 1, listed, False, True, mask, None)
+    for dtype, D in tensors:
+        for G, listed, has_lse, split in ends if D in (64, 128, 256) else ends[::2]:
+            yield _attention_sums_kernel, (dtype, D, True, G, listed, has_lse, split, groups, groups)
+        yield _attention_sums_kernel, (dtype, D, True, 1, D % 64 == 0, False, True, mask, None)  # attention_received

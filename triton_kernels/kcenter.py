@@ -54,7 +54,7 @@ ROUNDS = {
 }
 GREEDY_TOKENS = (512, 1024, 2048, 4096)  # widths that the greedy kernel is compiled for
 CANDIDATES = (128, 256)
-BUDGETS = (8, 32, 128)  # sequences of a launch: lengths that a list of budgets is filled up to
+BUDGETS = (8, 32)  # sequences of a launch: lengths that a list of budgets is filled up to; 128 would spill
 
 _FLOATS = dict.fromkeys(("aux", "nearest", "gram", "radii", "candidate_s", "pairs"), "*fp32")
 _INTEGERS = {**dict.fromkeys(("indices", "seeds", "bounds"), "*i64"), "candidates": "*i32", "control": "*i32"}

@@ -410,6 +410,21 @@ def test_non_finite_center(target, name):
 
 
 @every_backend
+def test_many_sequences(target):
+    """More than one launch takes, some empty, with bounds of any stride."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 9, (size(target, 300, 40),), generator=generator)
+    ks = [int(length) // 2 for length in lengths]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    x = contract.small_integers((int(bounds[-1]), 4), generator)
+    strided = bounds.repeat_interleave(2)[::2]
+    result = call(target, "kcenter_varlen", x, strided, ks, metric="euclidean")
+    expected = pruneops.reference.kcenter_varlen(x, bounds, ks, metric="euclidean")
+    assert torch.equal(result.indices, expected[0])
+    assert_same_bits(result.radii, expected[1])
+
+
+@every_backend
 def test_empty_packing(target):
     for bounds, ks in (([0], []), ([0, 0, 0], [0, 0])):
         result = call(target, "kcenter_varlen", torch.empty(0, 3), torch.tensor(bounds), ks)
