@@ -42,12 +42,13 @@ test-soak: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --seconds 60 --device cpu --backends triton & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --seconds 60 --device cpu && wait $$!
 
-# answers of the operators on the oldest supported and on the newest Triton, and that kernels compile for a card;
-# adapters on the oldest supported transformers
+# answers of the operators on the oldest supported and on the newest Triton, launches by its launcher, and that kernels
+# compile for a card; adapters on the oldest supported transformers
 TRITON_TESTS = tests/ops tests/test_triton_compile.py \
-	-k "triton and (known or exact or hard or many or edges or special or launchers or fit and 90)"
+	-k "triton and (known or edges or special or launchers or fit and 90)"
 test-triton-oldest test-triton-newest: test-%: .overlays/%/.packages
 	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto $(TRITON_TESTS)
+	PYTHONPATH=.overlays/$* TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.soak --seconds 20 --device cpu --backends triton
 
 test-transformers-oldest: test-%: .overlays/%/.packages
 	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu $(BIN)/python -m pytest -q -n auto tests/adapters

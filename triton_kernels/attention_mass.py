@@ -200,7 +200,8 @@ def _attention_sums_kernel(
     top = given
     if HAS_LSE:
         given = tl.load(lse + b * lse_b + h * lse_h + position.to(tl.int64) * lse_s, mask=t < Sq, other=-INF)
-        tl.store(found + (b * H + h) * Sq + position, given, mask=(t < Sq) & (split == 0))
+        if split == 0:
+            tl.store(found + (b * H + h) * Sq + position, given, mask=t < Sq)
         given = tl.where(ok & (given != -INF), given, INF)  # sees nothing: every exp2 is 0
     elif not SPLIT:
         tl.store(found + (b * H + h) * Sq + position, top, mask=(t < Sq) & (t >= count))
