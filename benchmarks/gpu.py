@@ -28,7 +28,7 @@ from .guard import Guarded, OutOfTime, Process, Stopped
 
 TOTAL_SECONDS = 300
 BUILD = 0.3  # of all; it takes 42 to 57 s for one architecture
-CHECKS = 0.5  # of what the build leaves; the operators have the rest
+CHECKS = 0.55  # of what the build leaves; the operators have the rest
 ALONE = 0.3  # of all, for compiling ahead where operators are all that is asked for
 SOAK_SECONDS = 20
 STAGES = ("build", "tests", "sanitize", "soak", "operators", "tune")  # the last only where there is no card
