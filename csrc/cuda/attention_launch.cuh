@@ -11,15 +11,31 @@ namespace pruneops {
 template <class T>
 void launch_sums(const Attention<T>& p, int64_t batch, cudaStream_t stream);
 
-// Groups [B, S] or flags; none: all are of group 0.
-inline GroupView group_view(const Tensor& group) {
+// These checks are all that a call passes: pruneops.ops looks at its arguments when one of them fails, for the words.
+
+inline void check_same_device(const Tensor& x, const Tensor& query) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == query.get_device_index(), "pruneops: tensors on two devices");
+}
+
+// The tokens of `of` [B, .., S, D] by group, or the flags of them; none: all are of group 0.
+inline GroupView group_view(const Tensor& group, const Tensor& of) {
   const ScalarType type = group.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Bool,
-                  "pruneops: groups must be int64, int32 or bool");
+  STD_TORCH_CHECK(group.dim() == 2 && group.size(0) == of.size(0) && group.size(1) == of.size(2),
+                  "pruneops: groups do not fit their tokens");
+  check_same_device(group, of);
   const int bytes = type == ScalarType::Long ? 8 : type == ScalarType::Int ? 4 : 1;
   return {group.data_ptr(), {group.stride(0), group.stride(1)}, bytes};
 }
-inline GroupView group_view(const std::optional<Tensor>& mask) { return mask ? group_view(*mask) : GroupView{}; }
+inline GroupView groups_of(const Tensor& group, const Tensor& of) {
+  const ScalarType type = group.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "pruneops: groups must be int64 or int32");
+  return group_view(group, of);
+}
+inline GroupView mask_of(const std::optional<Tensor>& mask, const Tensor& of) {
+  if (!mask) return {};
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "pruneops: masks must be bool");
+  return group_view(*mask, of);
+}
 
 // Strides of a [B, H, S, D] tensor, and whether all its rows are whole pieces of 16 bytes.
 template <class T>
@@ -33,16 +49,27 @@ bool rows_of(const Tensor& x, int64_t (&stride)[3]) {
   return (reinterpret_cast<uintptr_t>(x.data_ptr()) | all * sizeof(T)) % 16 == 0;
 }
 
-inline void check_attention(const Tensor& query, const Tensor& key, int64_t groups) {
+inline void check_attention(const Tensor& query, const Tensor& key, int64_t groups,
+                            const std::optional<Tensor>& lse) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && key.scalar_type() == query.scalar_type() &&
                       key.size(0) == query.size(0) && key.size(3) == query.size(3),
                   "pruneops: key does not fit query");
   STD_TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "pruneops: ", key.size(1),
                   " heads of keys for ", query.size(1));
-  STD_TORCH_CHECK(query.size(3) <= kWidestHead, "pruneops: at most ", kWidestHead, " features a head");
+  STD_TORCH_CHECK(1 <= query.size(3) && query.size(3) <= kWidestHead, "pruneops: 1 to ", kWidestHead,
+                  " features a head");
+  check_same_device(key, query);
   STD_TORCH_CHECK(1 <= groups && groups <= kMostKeyGroups, "pruneops: ", groups, " groups");
   STD_TORCH_CHECK(query.size(2) * query.size(1) < kMostTokens && key.size(2) < kMostTokens,
                   "pruneops: too many queries or keys");
+  const ScalarType type = query.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "pruneops: elements must be float32, float16 or bfloat16");
+  if (!lse) return;
+  STD_TORCH_CHECK(lse->scalar_type() == ScalarType::Float && lse->dim() == 3 && lse->size(0) == query.size(0) &&
+                      lse->size(1) == query.size(1) && lse->size(2) == query.size(2),
+                  "pruneops: lse does not fit query");
+  check_same_device(*lse, query);
 }
 
 template <class T>

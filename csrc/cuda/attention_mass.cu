@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> attention_mass(const Tensor& query, const Tensor& key
                                           const Tensor& key_group, int64_t groups, bool causal, double scale,
                                           const std::optional<Tensor>& lse) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  check_attention(query, key, groups);
+  check_attention(query, key, groups, lse);
+  const GroupView from = groups_of(query_group, query), to = groups_of(key_group, key);
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   const Tensor mass = torch::stable::new_empty(query, {batch, heads, groups, groups}, ScalarType::Float);
   const Tensor found = torch::stable::new_empty(query, {batch, heads, queries}, ScalarType::Float);
@@ -37,8 +38,8 @@ std::tuple<Tensor, Tensor> attention_mass(const Tensor& query, const Tensor& key
   by_element(query.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Attention<T> p = attention_of<T>(query, key, groups, causal, scale, lse);
-    p.query_group = group_view(query_group);
-    p.key_group = group_view(key_group);
+    p.query_group = from;
+    p.key_group = to;
     p.mass = static_cast<float*>(mass.data_ptr());
     p.found = static_cast<float*>(found.data_ptr());
     if (plan_sums(p, has_clusters())) return launch_sums(p, batch, stream);

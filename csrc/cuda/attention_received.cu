@@ -11,7 +11,8 @@ Tensor attention_received(const Tensor& query, const Tensor& key, const std::opt
                           const std::optional<Tensor>& key_mask, bool causal, double scale,
                           const std::optional<Tensor>& lse) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  check_attention(query, key, 1);
+  check_attention(query, key, 1, lse);
+  const GroupView from = mask_of(query_mask, query), to = mask_of(key_mask, key);
   const int64_t batch = query.size(0), heads = query.size(1), keys = key.size(2);
   const Tensor received = torch::stable::new_empty(query, {batch, heads, keys}, ScalarType::Float);
   if (batch * heads * keys == 0) return received;
@@ -23,8 +24,8 @@ Tensor attention_received(const Tensor& query, const Tensor& key, const std::opt
   by_element(query.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     Attention<T> p = attention_of<T>(query, key, 1, causal, scale, lse);
-    p.query_group = group_view(query_mask);
-    p.key_group = group_view(key_mask);
+    p.query_group = from;
+    p.key_group = to;
     p.received = static_cast<float*>(received.data_ptr());
     const auto run = [&](int state_splits, int cluster) {
       launch(attention_received_sums<T>,

@@ -23,6 +23,7 @@ from ._library import (
 MOST_GROUPS = 8
 WIDEST_HEAD = 256
 INTEGERS = (torch.int64, torch.int32)
+SCALE = (float, int, type(None))
 
 
 class AttentionMass(NamedTuple):
@@ -78,9 +79,11 @@ def attention_mass(query, key, query_group, key_group, groups, *, causal=True, s
 
     Source: ToDRE (arXiv:2505.18757), Eq. 7; DyRate, section III (attention distribution v_t).
     """
-    expect_type("attention_mass", query=(query, Tensor), key=(key, Tensor), groups=(groups, INT))
-    expect_type("attention_mass", query_group=(query_group, Tensor), key_group=(key_group, Tensor))
-    expect_softmax_types("attention_mass", causal, scale, lse)
+    right = isinstance(query_group, Tensor) and isinstance(key_group, Tensor) and isinstance(groups, INT)
+    if not (right and softmax_types(query, key, causal, scale, lse)):
+        expect_type("attention_mass", query=(query, Tensor), key=(key, Tensor), groups=(groups, INT))
+        expect_type("attention_mass", query_group=(query_group, Tensor), key_group=(key_group, Tensor))
+        expect_softmax_types("attention_mass", causal, scale, lse)
     return AttentionMass(
         *torch.ops.pruneops.attention_mass(
             query, key, query_group, key_group, groups, causal=causal, scale=scale, lse=lse
@@ -140,9 +143,15 @@ def group_distribution(mass, *, query):
     return torch.where(own == 0, 0.0, own / own.sum(-1, keepdim=True))
 
 
+def softmax_types(query, key, causal, scale, lse):
+    """Whether the arguments that both attention operators have are of the types they may be of."""
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(lse, OPTIONAL_TENSOR)
+    return tensors and isinstance(causal, bool) and isinstance(scale, SCALE)
+
+
 def expect_softmax_types(op, causal, scale, lse):
     """Types of the options that both attention operators have."""
-    expect_type(op, causal=(causal, bool), scale=(scale, (float, int, type(None))), lse=(lse, OPTIONAL_TENSOR))
+    expect_type(op, causal=(causal, bool), scale=(scale, SCALE), lse=(lse, OPTIONAL_TENSOR))
 
 
 def expect_heads(op, query, key, lse):
@@ -222,5 +231,6 @@ define(
         "triton": _batched(_triton),
         "cuda": _batched(_cuda),
     },
+    own_checks=("cuda",),
     shape_class=rows_class,
 )

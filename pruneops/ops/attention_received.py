@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ._library import OPTIONAL_TENSOR, define, dense, expect_companion, expect_type
-from .attention_mass import expect_heads, expect_softmax_types, rows_class
+from .attention_mass import expect_heads, expect_softmax_types, rows_class, softmax_types
 
 
 def attention_received(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
@@ -44,9 +44,11 @@ def attention_received(query, key, *, query_mask=None, key_mask=None, causal=Tru
     Source: FastV (arXiv:2403.06764) and its successors.
     """
     op = "attention_received"
-    expect_type(op, query=(query, Tensor), key=(key, Tensor))
-    expect_type(op, query_mask=(query_mask, OPTIONAL_TENSOR), key_mask=(key_mask, OPTIONAL_TENSOR))
-    expect_softmax_types(op, causal, scale, lse)
+    right = isinstance(query_mask, OPTIONAL_TENSOR) and isinstance(key_mask, OPTIONAL_TENSOR)
+    if not (right and softmax_types(query, key, causal, scale, lse)):
+        expect_type(op, query=(query, Tensor), key=(key, Tensor))
+        expect_type(op, query_mask=(query_mask, OPTIONAL_TENSOR), key_mask=(key_mask, OPTIONAL_TENSOR))
+        expect_softmax_types(op, causal, scale, lse)
     return torch.ops.pruneops.attention_received(
         query, key, query_mask=query_mask, key_mask=key_mask, causal=causal, scale=scale, lse=lse
     )
@@ -97,5 +99,6 @@ define(
         "triton": _batched(_triton),
         "cuda": _batched(_native),
     },
+    own_checks=("cuda",),
     shape_class=rows_class,
 )
