@@ -157,13 +157,15 @@ def expect_softmax_types(op, causal, scale, lse):
 def expect_heads(op, query, key, lse):
     """query [B, H, Sq, D], key [B, Hk, Sk, D], lse [B, H, Sq] or None; unbatched without B."""
     expect_floats(op, "query", query, ranks=(3, 4))
-    expect(key.dtype == query.dtype, op, "key", key.dtype, f"the dtype of query, {query.dtype}", ArgumentTypeError)
+    if key.dtype != query.dtype:
+        expect(False, op, "key", key.dtype, f"the dtype of query, {query.dtype}", ArgumentTypeError)
     batch, (heads, rows, width) = tuple(query.shape[:-3]), query.shape[-3:]
     expect_companion(op, "key", key, ("query", query), (query.dtype,), (*batch, None, None, width), "Hk, Sk")
-    expect(width <= WIDEST_HEAD, op, "query", f"{width} features a head", f"at most {WIDEST_HEAD} features a head")
+    if width > WIDEST_HEAD:
+        expect(False, op, "query", f"{width} features a head", f"at most {WIDEST_HEAD} features a head")
     key_heads = key.shape[-3]
-    fits = key_heads > 0 and heads % key_heads == 0
-    expect(fits, op, "key", f"of {key_heads} heads", f"of a number of heads that divides the {heads} of query")
+    if key_heads == 0 or heads % key_heads:
+        expect(False, op, "key", f"of {key_heads} heads", f"of a number of heads that divides the {heads} of query")
     if lse is not None:
         expect_companion(op, "lse", lse, ("query", query), (torch.float32,), (*batch, heads, rows))
 
