@@ -17,13 +17,13 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
-# Where Triton comes first on CUDA: shapes for which a recorded run shows it faster, time of the host included. The
-# operators' files say what their shape classes are. All other pairs in benchmarks/results/nvidia-h100-2026-11-27/ are
+# Where Triton comes first on CUDA: shapes for which a recorded run shows it faster, time of the host included, or for
+# which CUDA C++ is not made. The operators' files say what their shape classes are. All other pairs in benchmarks/results/nvidia-h100-2026-11-27/ are
 # faster in CUDA C++; what is in no record runs there too, for a launch of Triton costs its host more.
 TRITON_FIRST = {
     # kcenter.json, N 2880, D 4096: 5.9 ms, CUDA C++ 7.1
     ("kcenter", "float32, one product"),
-    # attention_mass.json, S 3072: 1.0 ms and less; CUDA C++ has no tensor cores there: 39 GFLOP take it 0.8 ms at best
+    # Not by record, CUDA C++ has none here: its tiles of 16 rows read the keys again and again, 2.4 GB at S 3072, H 32
     ("attention_mass", "many rows"),
     ("attention_received", "many rows"),
 }
