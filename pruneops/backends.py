@@ -23,7 +23,7 @@ AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  #
 TRITON_FIRST = {
     # kcenter.json, N 2880, D 4096: 5.9 ms, CUDA C++ 7.1
     ("kcenter", "float32, one product"),
-    # Not by record, CUDA C++ has none here: its tiles of 16 rows read the keys again and again, 2.4 GB at S 3072, H 32
+    # not by record, CUDA C++ has none here: its tiles of 16 rows each read the keys, 2.4 GB at S 3072, H 32
     ("attention_mass", "many rows"),
     ("attention_received", "many rows"),
 }
