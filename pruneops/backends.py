@@ -19,8 +19,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
 # Where Triton comes first on CUDA: shapes for which a recorded run shows it faster, time of the host included, or for
 # which CUDA C++ is not made. The operators' files say what their shape classes are. All other pairs in
-# benchmarks/results/nvidia-h100-2026-11-27/ are faster in CUDA C++; what is in no record runs there too, for a launch of
-# Triton costs its host more.
+# benchmarks/results/nvidia-h100-2026-11-27/ are faster in CUDA C++; what is in no record runs there too, for a launch
+# of Triton costs its host more.
 TRITON_FIRST = {
     # kcenter.json, N 2880, D 4096: 5.9 ms, CUDA C++ 7.1
     ("kcenter", "float32, one product"),
