@@ -185,7 +185,10 @@ setup(
     version=VERSION,
     packages=[
         "pruneops",
-        *(f"pruneops.{name}" for name in ("reference", "ops", "methods", "adapters", "demo", "triton_kernels")),
+        *(
+            f"pruneops.{name}"
+            for name in ("reference", "ops", "methods", "adapters", "adapters.transformers", "demo", "triton_kernels")
+        ),
     ],
     package_dir={"pruneops": "pruneops", "pruneops.triton_kernels": "triton_kernels"},
     package_data={"pruneops": ["_build.json"], "pruneops.demo": ["weights/*"]},

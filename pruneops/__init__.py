@@ -25,7 +25,7 @@ def __getattr__(name):
     try:
         return getattr(import_module(f".adapters.{_ADAPTERS[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if error.name != "transformers":
+        if error.name.partition(".")[0] != "transformers":
             raise
         raise ImportError(
             f"pruneops.{name} needs transformers 5.0 or later: pip install 'pruneops[transformers]'"

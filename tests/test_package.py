@@ -55,7 +55,8 @@ def imports(path, package):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_imports_run_one_way(layer):
     for path in sources(layer):
-        for name in imports(path, f"pruneops.{layer}"):
+        inside = path.parent.relative_to(ROOT / "pruneops").parts if layer != "triton_kernels" else (layer,)
+        for name in imports(path, ".".join(("pruneops", *inside))):
             top, _, rest = name.partition(".")
             if top == "pruneops":
                 folder = rest.partition(".")[0]

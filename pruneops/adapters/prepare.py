@@ -2,17 +2,27 @@
 
 import copy
 import inspect
-import itertools
+import math
 
 import torch
 
 from ..methods import Image
 from ..ops import gather_tokens
-from .tower import Tower
-from .transformers import UnsupportedError, expect_family, is_visual, left_padded
+from .transformers.models import (
+    MODALITIES,
+    UnsupportedError,
+    accepts_encoded_images,
+    attention_implementation,
+    find_model,
+    layout_kind,
+    visual_tokens,
+)
+from .transformers.token_layout import features_of, keep_tokens, token_layout
+from .transformers.vision import encode, image_fields
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-@torch.no_grad()
 def prepare(model, inputs, method):
     """Inputs of `model.generate` whose images are encoded and pruned already; the model itself stays as it is.
 
@@ -21,110 +31,117 @@ def prepare(model, inputs, method):
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : PreTrainedModel, or a wrapper around one
         One of those that `patch` knows.
     inputs : mapping
-        What the processor made: input_ids, attention_mask, pixel_values, ...
+        What the processor made: input_ids, attention_mask, pixel_values, ... Tensors of the shape of input_ids, such as
+        labels, are shortened with them.
     method : pruneops.methods.Method
-        One that prunes after the projector; its `layers`, if it has any, are not looked at.
+        One that prunes after the projector; its `layers`, if it has any, are ignored.
 
     Returns
     -------
     dict
-        input_ids, attention_mask, position_ids (the original ones) and mm_encoder_outputs in place of pixels, and
-        whatever else `inputs` held.
+        input_ids, attention_mask, position_ids and mm_encoder_outputs in place of pixels, and whatever else `inputs`
+        held.
 
     Raises
     ------
     UnsupportedError
-        On an unknown architecture or an older transformers, on videos, and on a method that does not prune
-        after the projector.
+        On an unknown architecture or an older transformers, and on a method that does not prune after the projector.
+    ValueError
+        If the prompts have not as many image tokens as the encoder gave features.
+
+    Notes
+    -----
+    Distances between positions are the original ones. The last token of a prompt has the position that follows from
+    the shorter length, so a later turn on the same cache goes on where this one ended. With flash attention, which
+    takes a position 0 within a prompt for the start of another, positions stay as they were; no later turn there.
+
+    Gradients flow to the projector and the vision tower if the model is in training mode.
     """
-    expect_family("pruneops.prepare", model)
-    base = model.base_model
-    if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
+    real = find_model("pruneops.prepare", model)
+    base = real.base_model
+    if not accepts_encoded_images(real):
         raise UnsupportedError("pruneops.prepare needs transformers 5.18 or later; use pruneops.patch")
-    if inputs.get("pixel_values_videos") is not None:
-        raise UnsupportedError("pruneops.prepare: videos are not supported; use pruneops.patch")
     if not method.after_projector:
         raise UnsupportedError(f"pruneops.prepare: {method} does not prune after the projector; use pruneops.patch")
     inputs = dict(inputs)
-    ids = inputs["input_ids"]
-    if inputs.get("pixel_values") is None:
+    present = [name for name in MODALITIES if inputs.get(PIXELS[name]) is not None]
+    if not present:
         return inputs
-    mask = inputs.get("attention_mask")
-    positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
-
-    tower = Tower(model)
-    names = [name for name in inspect.signature(base.get_image_features).parameters if name in inputs]
-    try:
-        encoded = base.get_image_features(**{name: inputs.pop(name) for name in names}, return_dict=True)
-        features = list(encoded.pooler_output)
-        rows = images_of_rows(is_visual(model, ids).sum(1).tolist(), [len(own) for own in features])
-        seen = tower.images([[len(features[i]) for i in row] for row in rows])
-    finally:
-        tower.forget()
-    chosen = {}
-    for row, fields in zip(rows, seen):
-        images = [Image(features[i], **own) for i, own in zip(row, fields)]
-        chosen |= dict(zip(row, method.select_each(images)))
-    chosen = [chosen[i].to(ids.device) for i in range(len(features))]
-
-    keep, valid = shortened(
-        ids, mask, is_visual(model, ids), [[(len(features[i]), chosen[i]) for i in row] for row in rows]
-    )
-    names = [name for name in ("input_ids", "mm_token_type_ids", "token_type_ids") if inputs.get(name) is not None]
-    tensors = gather_tokens([*(inputs[name] for name in names), positions], keep, dim=[-1] * (len(names) + 1))
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        raise UnsupportedError("pruneops.prepare: inputs_embeds cannot be shortened; give input_ids")
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = real._prepare_position_ids_for_generation(ids, dict(inputs))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and real.training):
+        encoded = _encode(base, inputs, present, method)
+        features = {name: out.pooler_output for name, out in encoded.items()}
+        counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
+        layout = token_layout(layout_kind(real), ids, visual_tokens(real, ids), counts, mask)
+        with torch.no_grad():
+            chosen = _select(method, features, layout.images)
+        for name, out in encoded.items():
+            encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
+    index, tokens = keep_tokens(layout.tokens, chosen)
+    names = [name for name, own in inputs.items() if isinstance(own, torch.Tensor) and own.shape == ids.shape]
+    names = [name for name in names if name not in ("attention_mask", "position_ids")]
+    tensors = gather_tokens([*(inputs[name] for name in names), positions], index, dim=[-1] * (len(names) + 1))
     inputs |= dict(zip(names, tensors))
-    inputs["position_ids"], inputs["attention_mask"] = tensors[-1], valid.to(ids.dtype)
-    filler = model.config.get_text_config().pad_token_id or 0
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(~valid, filler)
-    inputs["mm_encoder_outputs"] = {"image": with_images(encoded, features, chosen)}
-    for name in ("image_grid_thw", "image_sizes"):
-        inputs.pop(name, None)
+    valid = torch.ones_like(index, dtype=torch.bool) if tokens.valid is None else tokens.valid
+    filler = real.config.get_text_config().pad_token_id or 0
+    for name in names:
+        if name in ("input_ids", "labels"):
+            inputs[name] = inputs[name].masked_fill(~valid, filler if name == "input_ids" else -100)
+    inputs["attention_mask"], inputs["position_ids"] = valid.to(ids.dtype), tensors[-1]
+    if "flash" not in attention_implementation(real.get_decoder()):
+        before = layout.tokens.flags().sum(1, keepdim=True)
+        inputs["position_ids"] = inputs["position_ids"] - before + tokens.flags().sum(1, keepdim=True)
+    inputs["mm_encoder_outputs"] = encoded
     return inputs
 
 
-def images_of_rows(tokens, sizes):
-    """Numbers of the images of every row, whose visual tokens are `tokens`, in order."""
-    rows, image = [], 0
-    for total in tokens:
-        row = []
-        while total > 0 and image < len(sizes):
-            row.append(image)
-            total -= sizes[image]
-            image += 1
-        rows.append(row)
-    if image != len(sizes) or sum(tokens) != sum(sizes):
-        raise ValueError(f"pruneops.prepare: {sum(tokens)} image tokens in the prompts for {sum(sizes)} image features")
-    return rows
-
-
-def shortened(ids, mask, visual, images):
-    """(keep [B, S'], valid [B, S']): tokens that stay, padded on the left.
-
-    images: of every row, (size, ranks that stay) of each image.
-    """
-    kept = []
-    for row in range(len(ids)):
-        stays = ~visual[row] if mask is None else mask[row].bool() & ~visual[row]
-        places, ends = visual[row].nonzero()[:, 0], itertools.accumulate(size for size, _ in images[row])
-        for end, (size, ranks) in zip(ends, images[row]):
-            stays[places[end - size : end][ranks]] = True
-        kept.append(stays.nonzero()[:, 0])
-    return left_padded(kept)
-
-
-def with_images(encoded, features, chosen):
-    """The encoder's outputs with fewer tokens of every image, deepstack features (Qwen3-VL) too."""
-    encoded = copy.copy(encoded)
-    pruned = [own[ranks] for own, ranks in zip(features, chosen)]
-    encoded.pooler_output = torch.stack(pruned) if isinstance(encoded.pooler_output, torch.Tensor) else pruned
-    deepstack = getattr(encoded, "deepstack_features", None)  # for every layer, of every image or joined
-    if deepstack is not None:
-        sizes = [len(own) for own in features]
-        split = [own.split(sizes) if isinstance(own, torch.Tensor) else own for own in deepstack]
-        pruned = [[own[ranks] for own, ranks in zip(layer, chosen)] for layer in split]
-        joined = isinstance(deepstack[0], torch.Tensor)
-        encoded.deepstack_features = [torch.cat(layer) if joined else layer for layer in pruned]
+def _encode(base, inputs, present, method):
+    """{modality: the encoder's outputs}; takes what the encoders read out of `inputs`."""
+    encoded, read = {}, set()
+    for modality in present:
+        encoder = getattr(base, f"get_{modality}_features")
+        names = [name for name in inspect.signature(encoder).parameters if inputs.get(name) is not None]
+        arguments = {name: inputs[name] for name in names if name not in PIXELS.values() or name == PIXELS[modality]}
+        encoded[modality] = encode(base, encoder, arguments | {"return_dict": True}, method)
+        read.update(arguments)
+    for name in (*read, "image_grid_thw", "video_grid_thw", "image_sizes", "second_per_grid_ts"):
+        inputs.pop(name, None)
     return encoded
+
+
+def _select(method, features, rows):
+    """For every row and image the ranks that stay."""
+    images = [[features_of(features[name], first, size) for name, first, size in row] for row in rows]
+    return [method.select_each([Image(own, **image_fields(own)) for own in row]) for row in images]
+
+
+def _with_fewer_tokens(encoded, rows, chosen, modality):
+    """The encoder's outputs, kept tokens only; deepstack features (Qwen3-VL) too."""
+    keep = [
+        (first, size, ranks)
+        for row, own in zip(rows, chosen)
+        for (name, first, size), ranks in zip(row, own)
+        if name == modality
+    ]
+    encoded = copy.copy(encoded)
+    encoded.pooler_output = _kept(encoded.pooler_output, keep)
+    if getattr(encoded, "deepstack_features", None) is not None:
+        encoded.deepstack_features = [_kept(own, keep) for own in encoded.deepstack_features]
+    return encoded
+
+
+def _kept(tensors, keep):
+    """One tensor an image where the encoder gave a list; where it gave one, tiles of a size that divides all images."""
+    parts = [features_of(tensors, first, size).index_select(0, ranks) for first, size, ranks in keep]
+    if not isinstance(tensors, torch.Tensor):
+        return parts
+    joined = torch.cat(parts)
+    return joined if tensors.dim() == 2 else joined.unflatten(0, (-1, math.gcd(*map(len, parts))))

@@ -56,6 +56,14 @@ def present(method, spans, length, layers, step):
     return seen
 
 
+def runs(flags):
+    """(first, last + 1) of each run of true flags."""
+    edges = [0, *map(int, flags), 0]
+    starts = [i for i in range(len(flags)) if edges[i + 1] and not edges[i]]
+    ends = [i + 1 for i in range(len(flags)) if edges[i + 1] and not edges[i + 2]]
+    return list(zip(starts, ends))
+
+
 @contextlib.contextmanager
 def watched(decoder, calls):
     """Appends the keyword arguments of every forward pass of the decoder."""

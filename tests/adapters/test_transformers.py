@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from pruneops import methods
-from pruneops.adapters.transformers import UnsupportedError, patch, runs
+from pruneops.adapters.transformers import UnsupportedError, patch
 from tests.adapters import oracle
-from tests.adapters.oracle import Thin
+from tests.adapters.oracle import Thin, runs
 from tests.adapters.tiny import FAMILIES, IMAGE, model_of, prompts
 
 transformers.logging.set_verbosity_error()

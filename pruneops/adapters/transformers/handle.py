@@ -1,0 +1,170 @@
+"""`patch`: a model whose images are pruned, and the handle that undoes it."""
+
+import collections
+import contextlib
+import dataclasses
+import inspect
+import time
+import warnings
+from contextvars import ContextVar
+
+import torch
+
+from .cache import ACTIVE
+from .models import MODALITIES, UnsupportedError, find_model
+from .passes import run_pass
+from .vision import encode
+
+RECORDS = 16  # requests whose statistics a handle holds
+SETTINGS = ContextVar("pruneops_settings", default=())  # (handle, method or None) of the `with` blocks around
+
+
+def patch(model, method):
+    """Prune inside a model, in place or as a context manager.
+
+    Parameters
+    ----------
+    model : PreTrainedModel, or a wrapper around one
+        One of `FAMILIES`; PEFT, torch.compile, DataParallel (one device) and accelerate may be around it.
+    method : pruneops.methods.Method
+        Budgets are per image or video, whatever tiles, rows or frames its tokens come in.
+
+    Returns
+    -------
+    Handle
+        `remove()`, `disabled()`, `override(keep=...)`, `stats`; also a context manager that removes itself.
+
+    Raises
+    ------
+    UnsupportedError
+        On an unknown architecture, or a model that is patched already. In forward passes, before anything is computed:
+        on caches that cannot be pruned (static, offloaded, quantised, sliding), on flex attention and continuous
+        batching and, for methods that prune inside the decoder, on `use_cache=False` outside of training.
+
+    Notes
+    -----
+    Outputs are as long as the inputs, so labels and losses fit: a token that was removed has the output of the last one
+    before it that was kept. Gradients flow through the tokens that are kept.
+    """
+    real = find_model("pruneops.patch", model)
+    if getattr(real, "_pruneops", None) is not None:
+        raise UnsupportedError("pruneops.patch: this model is patched already; call remove() of its handle first")
+    return Handle(model, real, method)
+
+
+class Handle:
+    """A patched model. `method` may be exchanged between requests.
+
+    `stats` has a `Stats` for each of the last 16 requests. `clock` measures selection: the host's seconds unless it is
+    replaced by one that awaits the device.
+    """
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, model, real, method):
+        self.model, self.method, self.stats = model, method, collections.deque(maxlen=RECORDS)
+        self._warned = False
+        self.decoder, self._real, base = real.get_decoder(), real, real.base_model
+        names = [f"get_{name}_features" for name in MODALITIES if hasattr(base, f"get_{name}_features")]
+        self._overrides = [PatchedForward(base, "forward", self)]
+        self._overrides += [PatchedEncoder(base, name, self) for name in names]
+        real._pruneops = self
+        forget_compiled(model)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.remove()
+
+    def remove(self):
+        """Make the model what it was."""
+        for override in self._overrides:
+            override.remove()
+        if getattr(self._real, "_pruneops", None) is self:
+            del self._real._pruneops
+            forget_compiled(self.model)
+
+    def disabled(self):
+        """Requests that begin inside, in this thread or task, are not pruned."""
+        return self._with(None)
+
+    def override(self, **settings):
+        """Requests that begin inside, in this thread or task, are pruned with other settings of the method."""
+        return self._with(dataclasses.replace(self.current_method() or self.method, **settings))
+
+    @contextlib.contextmanager
+    def _with(self, method):
+        token = SETTINGS.set((*SETTINGS.get(), (self, method)))
+        try:
+            yield self
+        finally:
+            SETTINGS.reset(token)
+
+    def warn_unpruned(self, reason):
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"pruneops: a request with images was not pruned: {reason}", stacklevel=2)
+
+    def current_method(self):
+        """The method of requests that begin now, None if they are not to be pruned."""
+        return next((method for handle, method in reversed(SETTINGS.get()) if handle is self), self.method)
+
+
+class Override:
+    """An attribute of one module in place of its class's method, or of the owner's own override, which it calls.
+
+    It holds no closure, so copies and pickles of the module have one of their own.
+    """
+
+    def __init__(self, module, name, handle):
+        self.module, self.name, self.handle = module, name, handle
+        self.owners = vars(module).get(name)
+        self.parameters = list(inspect.signature(self.inner).parameters)
+        setattr(module, name, self)
+
+    @property
+    def inner(self):
+        return self.owners or getattr(type(self.module), self.name).__get__(self.module)
+
+    @property
+    def __signature__(self):
+        return inspect.signature(self.inner)
+
+    def arguments(self, args, kwargs):
+        return dict(zip(self.parameters, args)) | kwargs
+
+    def remove(self):
+        """If the owner has put something on top meanwhile, that stays, and this only passes calls on."""
+        self.handle = None
+        if vars(self.module).get(self.name) is self:
+            delattr(self.module, self.name)
+            if self.owners is not None:
+                setattr(self.module, self.name, self.owners)
+
+
+class PatchedForward(Override):
+    @torch.compiler.disable
+    def __call__(self, *args, **kwargs):
+        if self.handle is None:
+            return self.inner(*args, **kwargs)
+        return run_pass(self.handle, self.module, self.inner, self.arguments(args, kwargs))
+
+
+class PatchedEncoder(Override):
+    @torch.compiler.disable
+    def __call__(self, *args, **kwargs):
+        method = self.handle and self.handle.current_method()
+        if method is None:
+            return self.inner(*args, **kwargs)
+        encoded = encode(self.module, self.inner, self.arguments(args, kwargs), method)
+        if hasattr(ACTIVE.get(), "saw"):
+            ACTIVE.get().saw(self.name.split("_")[1], encoded)
+        return encoded
+
+
+def forget_compiled(model):
+    """Code that was compiled before does not notice that a model was patched, or is no longer."""
+    compiled = (hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    if any(compiled):
+        torch.compiler.reset()

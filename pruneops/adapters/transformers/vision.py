@@ -1,0 +1,98 @@
+"""What methods may know of images beside their features: attention from [CLS], where the vision tower has one."""
+
+import contextlib
+from contextvars import ContextVar
+
+import torch
+
+from ...methods import cls_attention
+
+CAPTURED = ContextVar("pruneops_vision_capture", default=())  # dictionaries that projections are put into
+
+
+def reads_cls_attention(method):
+    return method.after_projector and "cls_attention" in getattr(method, "reads", ())
+
+
+def encode(model, encoder, arguments, method):
+    """The encoder's outputs; each image's tensor of `pooler_output` carries `Image`'s optional fields.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model, whose `get_image_features` or `get_video_features` `encoder` is.
+    arguments : dict
+    method : Method
+        Says whether [CLS] attention is read.
+    """
+    if not reads_cls_attention(method) or (tower := _last_attention(model)) is None:
+        return encoder(**arguments)
+    with _capture(tower) as captured:
+        encoded = encoder(**arguments)
+    features = getattr(encoded, "pooler_output", None)
+    if len(captured) == 2 and isinstance(features, (list, tuple)):
+        heads = model.config.vision_config.num_attention_heads
+        query, key = (captured[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+        with torch.no_grad():
+            tiles = iter(cls_attention(query, key))  # [n] each
+        for own, count in zip(features, _tiles(model, arguments, len(features))):
+            first, *_ = (next(tiles) for _ in range(count))
+            own._pruneops_fields = _fields(model, first, len(own))
+    return encoded
+
+
+def image_fields(features):
+    """What `encode` found of an image."""
+    return getattr(features, "_pruneops_fields", {})
+
+
+def _last_attention(model):
+    """The attention module of the vision tower's last layer, if its first token is [CLS]."""
+    if getattr(getattr(model.config, "vision_config", None), "model_type", None) != "clip_vision_model":
+        return None
+    return [module for module in model.vision_tower.modules() if hasattr(module, "q_proj")][-1]
+
+
+@contextlib.contextmanager
+def _capture(attention):
+    """A dictionary that the outputs of q_proj and k_proj are put into, in this context only."""
+    captured = {}
+    hooks = [getattr(attention, name).register_forward_hook(_Remember(name, captured)) for name in ("q_proj", "k_proj")]
+    token = CAPTURED.set((*CAPTURED.get(), id(captured)))
+    try:
+        yield captured
+    finally:
+        CAPTURED.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+class _Remember:
+    def __init__(self, name, captured):
+        self.name, self.captured = name, captured
+
+    def __call__(self, module, args, output):
+        if id(self.captured) in CAPTURED.get():  # another thread may run the tower at the same time
+            self.captured[self.name] = output.detach()
+
+
+def _tiles(model, arguments, images):
+    """Tiles of every image: AnyRes cuts it, everything else leaves it whole."""
+    sizes = arguments.get("image_sizes")
+    if model.config.model_type != "llava_next" or sizes is None:
+        return [1] * images
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side = model.config.vision_config.image_size
+    return [image_size_to_num_patches(size, model.config.image_grid_pinpoints, side) for size in sizes]
+
+
+def _fields(model, attention, size):
+    """Of an image of `size` tokens. AnyRes: the first tile is the thumbnail, whose tokens come first; the others'
+    attention is not used."""
+    n = len(attention)
+    if size == n + 1 and model.config.vision_feature_select_strategy == "full":
+        return {"cls_attention": torch.nn.functional.pad(attention, (1, 0))}
+    if size == n:
+        return {"cls_attention": attention}
+    return {"cls_attention": torch.nn.functional.pad(attention, (0, size - n)), "thumbnail": (0, n)}
