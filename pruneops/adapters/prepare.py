@@ -54,9 +54,10 @@ def prepare(model, inputs, method):
 
     Notes
     -----
-    Distances between positions are the original ones. The last token of a prompt has the position that follows from
-    the shorter length, so a later turn on the same cache goes on where this one ended. With flash attention, which
-    takes a position 0 within a prompt for the start of another, positions stay as they were; no later turn there.
+    Distances between positions are the original ones, which is all that rotary embeddings see. The last token of a prompt
+    has the position that follows from the shorter length, so a later turn on the same cache goes on where this one
+    ended. With flash attention, which takes a position 0 for the start of another prompt, the first token has it; there
+    a later turn would stand at wrong distances, so begin anew or use `patch`.
 
     Gradients flow to the projector and the vision tower if the model is in training mode.
     """
@@ -95,10 +96,12 @@ def prepare(model, inputs, method):
     for name in names:
         if name in ("input_ids", "labels"):
             inputs[name] = inputs[name].masked_fill(~valid, filler if name == "input_ids" else -100)
-    inputs["attention_mask"], inputs["position_ids"] = valid.to(ids.dtype), tensors[-1]
-    if "flash" not in attention_implementation(real.get_decoder()):
-        before = layout.tokens.flags().sum(1, keepdim=True)
-        inputs["position_ids"] = inputs["position_ids"] - before + tokens.flags().sum(1, keepdim=True)
+    inputs["attention_mask"] = valid.to(ids.dtype)
+    if "flash" in attention_implementation(real.get_decoder()):
+        inputs["position_ids"] = tensors[-1] - tensors[-1][..., :1]
+    else:
+        removed = layout.tokens.flags().sum(1, keepdim=True) - tokens.flags().sum(1, keepdim=True)
+        inputs["position_ids"] = tensors[-1] - removed
     inputs["mm_encoder_outputs"] = encoded
     return inputs
 

@@ -60,7 +60,8 @@ class Pass:
     def run(self, forward):
         with contextlib.ExitStack() as self.exit:
             self.exit.callback(ACTIVE.reset, ACTIVE.set(self))
-            self.hook(self.decoder.register_forward_pre_hook, self.before_decoder, with_kwargs=True)
+            if self.has_work():
+                self.hook(self.decoder.register_forward_pre_hook, self.before_decoder, with_kwargs=True)
             return forward(**self.inputs)
 
     def hook(self, register, act, **options):
@@ -80,20 +81,27 @@ class Continuation(Pass):
         self.layers = inputs["past_key_values"].layers
         check_mask(inputs.get("attention_mask"))
         self.masks = {}  # of each group of layers
+        request.step += 1
+
+    def has_work(self):
+        """Unless no layer needs a mask: sdpa needs none for one new token, flash attention never, without padding."""
+        ids = self.inputs.get("input_ids")
+        new = (self.inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        self.needless = self.inputs.get("attention_mask") is None and (
+            self.flash or (self.attention == "sdpa" and new == 1)
+        )
+        padded = any(layer.valid is not None for layer in self.layers)
+        return padded or not self.needless or self.request.asks_between_steps
 
     def before_decoder(self, decoder, args, kwargs):
-        self.request.step += 1
         if self.request.asks_between_steps:
             remove_between_steps(self.request, self.layers)
         self.given, first = kwargs.get("attention_mask"), self.layers[0]
-        new = kwargs["inputs_embeds"].shape[1]
         if first.valid is not None:
             flags = self._flags(first, kwargs["inputs_embeds"])
             kwargs["attention_mask"] = torch.nn.functional.pad(flags, (first.removed, 0))
-        # sdpa needs no mask for one new token, nor flash attention for any
-        needless = self.given is None and (self.flash or (self.attention == "sdpa" and new == 1))
         for module, layer in zip(decoder.layers, self.layers):
-            if layer.group != first.group and not (needless and layer.valid is None):
+            if layer.group != first.group and not (self.needless and layer.valid is None):
                 self.hook(module.register_forward_pre_hook, self._before_layer(layer), with_kwargs=True)
         return args, kwargs
 
@@ -200,6 +208,9 @@ class Prefill(Pass):
             kept = f"{self.method} kept all tokens of images of {self.request.stats.images}"
             self.handle.warn_unpruned(kept if self.length else "its decoder did not run")
         return out
+
+    def has_work(self):
+        return True
 
     def saw(self, modality, encoded):
         """The encoder ran within the pass."""
