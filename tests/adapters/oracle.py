@@ -37,9 +37,14 @@ class Thin:
         return torch.arange(count) if self.keep == 1 else torch.arange(seed % 2, count, 2)
 
 
+def places_of(image):
+    """Positions of an image's tokens: a list of them, or (first, last + 1)."""
+    return torch.arange(*image) if isinstance(image, tuple) else torch.tensor(image)
+
+
 def present(method, spans, length, layers, step):
     """bool [layers, length]: which tokens of one prompt, whose images are at `spans`, step `step` sees."""
-    images = [torch.arange(*span) for span in spans]
+    everywhere = images = [places_of(span) for span in spans]
     if method.projector:
         images = [own[method.kept(len(own), 0)] for own in images]
     seen = torch.ones(layers, length, dtype=torch.bool)
@@ -50,8 +55,8 @@ def present(method, spans, length, layers, step):
         for done in range(1, step + 1):
             ranks = method.at_step(done, layer, len(visual))
             visual = visual if ranks is None else visual[ranks]
-        for span in spans:
-            seen[layer, slice(*span)] = False
+        for own in everywhere:
+            seen[layer, own] = False
         seen[layer, visual] = True
     return seen
 
@@ -94,7 +99,7 @@ def masked(decoder, masks):
 def logits(model, inputs, spans, method, generated):
     """[steps, B, vocabulary]: of the last token after the prompt and after each generated token but the last.
 
-    generated [B, steps]; spans: per row, where its images are.
+    generated [B, steps]; spans: per row, where its images are; see `places_of`.
     """
     decoder, calls = model.get_decoder(), []
     with torch.no_grad(), watched(decoder, calls):

@@ -64,12 +64,17 @@ class PrunedLayer(DynamicLayer):
         self.group = self.removed = self.prompt = 0
 
     def crop(self, length):
-        """Remove the last -length tokens or, before 5.15, those from position `length` on; none of the prompt's."""
-        count = -length if length < 0 else max(self.get_seq_length() - length, 0)
-        if count and self.size - count < self.prompt:
-            raise UnsupportedError("pruneops: a pruned prompt cannot be cropped; begin anew with a shorter one")
-        if count:
-            self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+        """Remove the last -length tokens or, before 5.15, those from position `length` on; none of an image's."""
+        count = -length if length <= 0 else max(self.get_seq_length() - length, 0)
+        if not count or not self.size:
+            return
+        size = self.size - count
+        if size < self.prompt:
+            if size < self.prompt - self.request.text_after_images():
+                raise UnsupportedError("pruneops: pruned images cannot be cropped; begin anew with a shorter prompt")
+            self.prompt = size
+            self._each_flag(lambda flags: flags[:, :size])
+        self.keys, self.values = self.keys[..., :size, :], self.values[..., :size, :]
 
     def _each_flag(self, change):
         self.valid, self.visual = (None if flags is None else change(flags) for flags in (self.valid, self.visual))
@@ -96,8 +101,16 @@ class Request:
 
     def __init__(self, method, layers):
         self.method, self.step, self.needs_masks, self.unread = method, 0, False, None
+        self.after = 0, []  # tokens of the prompt, and positions of the last visual ones
         self.asks_between_steps = getattr(method, "at_step", None) is not None
         self.stats = Stats([], [[]] * layers, [0] * layers)
+
+    def text_after_images(self):
+        """Tokens of the prompt after all images, in the row that has fewest. Read once, where a cache is cropped."""
+        if not isinstance(self.after, int):
+            length, lasts = self.after
+            self.after = length - 1 - int(torch.cat(lasts).max().cpu().numpy()) if lasts else length
+        return self.after
 
     def is_plain(self):
         """Whether the model goes on from here without help. Reads the padding, once."""

@@ -47,7 +47,7 @@ def patch(model, method):
     before it that was kept. Gradients flow through the tokens that are kept.
     """
     real = find_model("pruneops.patch", model)
-    if getattr(real, "_pruneops", None) is not None:
+    if getattr(real, "_pruneops", None) is not None or is_patched(real.base_model):
         raise UnsupportedError("pruneops.patch: this model is patched already; call remove() of its handle first")
     return Handle(model, real, method)
 
@@ -86,11 +86,14 @@ class Handle:
             forget_compiled(self.model)
 
     def disabled(self):
-        """Requests that begin inside, in this thread or task, are not pruned."""
+        """Requests that begin inside are not pruned: those of this thread or task, not of threads started inside."""
         return self._with(None)
 
     def override(self, **settings):
-        """Requests that begin inside, in this thread or task, are pruned with other settings of the method."""
+        """Requests that begin inside, in this thread or task, are pruned with other settings of the method.
+
+        A thread that is started inside takes them along as `contextvars.copy_context().run`.
+        """
         return self._with(dataclasses.replace(self.current_method() or self.method, **settings))
 
     @contextlib.contextmanager
@@ -149,6 +152,11 @@ class PatchedForward(Override):
         if self.handle is None:
             return self.inner(*args, **kwargs)
         return run_pass(self.handle, self.module, self.inner, self.arguments(args, kwargs))
+
+
+def is_patched(base):
+    override = vars(base).get("forward")
+    return isinstance(override, PatchedForward) and override.handle is not None
 
 
 class PatchedEncoder(Override):

@@ -181,8 +181,8 @@ class Prefill(Pass):
             raise UnsupportedError("pruneops: layers that were compiled one by one cannot be pruned; compile the model")
         if self.checkpointed and type(layers[0]).__call__ is not torch.nn.Module.__call__:
             raise UnsupportedError(
-                "pruneops: before transformers 5.13 gradient checkpointing recomputes layers with their hooks; use a "
-                "method that prunes after the projector, or train without checkpointing"
+                "pruneops: gradient checkpointing of this transformers recomputes layers with their hooks; use a method "
+                "that prunes after the projector, train without checkpointing, or take a newer release"
             )
         for module in self.captures:
             check_capturable(module)
@@ -231,6 +231,7 @@ class Prefill(Pass):
         layout = token_layout(layout_kind(self.model), self.inputs.get("input_ids"), visual, counts, mask, read)
         self.tokens, self.sizes = layout.tokens, layout.tokens.sizes
         self.request.stats.images = self.sizes
+        self.request.after = self.length, [places[-1:] for places in self.tokens.places]
         self._record(0)
         if self.method.after_projector:
             with self._selecting():
