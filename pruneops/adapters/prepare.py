@@ -54,10 +54,10 @@ def prepare(model, inputs, method):
 
     Notes
     -----
-    Distances between positions are the original ones, which is all that rotary embeddings see. The last token of a prompt
-    has the position that follows from the shorter length, so a later turn on the same cache goes on where this one
-    ended. With flash attention, which takes a position 0 for the start of another prompt, the first token has it; there
-    a later turn would stand at wrong distances, so begin anew or use `patch`.
+    Distances between positions are the original ones, which is all that rotary embeddings see. The last token of a
+    prompt has the position that follows from the shorter length, so a later turn on the same cache goes on where this
+    one ended. With flash attention, which takes a position 0 for the start of another prompt, the first token has it;
+    there a later turn would stand at wrong distances, so begin anew or use `patch`.
 
     Gradients flow to the projector and the vision tower if the model is in training mode.
     """
@@ -86,7 +86,7 @@ def prepare(model, inputs, method):
             chosen = _select(method, features, layout.images)
         for name, out in encoded.items():
             encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
-    index, tokens = keep_tokens(layout.tokens, chosen)
+    index, tokens, _ = keep_tokens(layout.tokens, chosen)
     names = [name for name, own in inputs.items() if isinstance(own, torch.Tensor) and own.shape == ids.shape]
     names = [name for name in names if name not in ("attention_mask", "position_ids")]
     tensors = gather_tokens([*(inputs[name] for name in names), positions], index, dim=[-1] * (len(names) + 1))

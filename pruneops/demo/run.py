@@ -255,7 +255,7 @@ def _photograph(path, text):
 
 def _import_libraries():
     _require(LIBRARIES)
-    for name in ("pruneops.plots", "pruneops.adapters.transformers", "transformers.models.llava.modeling_llava"):
+    for name in ("pruneops.plots", "pruneops.adapters.transformers.handle", "transformers.models.llava.modeling_llava"):
         importlib.import_module(name)
 
 

@@ -10,9 +10,10 @@ from contextvars import ContextVar
 
 import torch
 
-from .cache import ACTIVE
+from .cache import ACTIVE, request_of
 from .models import MODALITIES, UnsupportedError, find_model
-from .passes import run_pass
+from .passes import Continuation
+from .prefill import Prefill, brings_images
 from .vision import encode
 
 RECORDS = 16  # requests whose statistics a handle holds
@@ -144,6 +145,23 @@ class Override:
             delattr(self.module, self.name)
             if self.owners is not None:
                 setattr(self.module, self.name, self.owners)
+
+
+def run_pass(handle, model, forward, inputs):
+    """`forward(**inputs)` of the base model, with the images of the request pruned."""
+    cache = inputs.get("past_key_values")
+    held = 0 if cache is None else cache.get_seq_length()
+    request, method = request_of(cache) if held else None, handle.current_method()
+    if brings_images(inputs) and (request is not None or method is not None):
+        if held:
+            raise UnsupportedError(
+                "pruneops: images on a cache that holds tokens already (chunked prefill, or a new image in a later "
+                "turn) cannot be pruned; give all images with the first forward pass, or use handle.disabled()"
+            )
+        return Prefill(handle, model, method, inputs).run(forward)
+    if request is not None and not request.is_plain():
+        return Continuation(handle, request, inputs).run(forward)
+    return forward(**inputs)
 
 
 class PatchedForward(Override):

@@ -174,13 +174,8 @@ def features_of(encoded, first, size):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def every_image(tokens):
-    """Ranks that keep all tokens of every image of every row."""
-    return [[torch.arange(size, device=tokens.text.device) for size in row] for row in tokens.sizes]
-
-
 def keep_tokens(tokens, chosen):
-    """Drop visual tokens but the chosen ones, and padding; rows that get shorter than others are padded on the left.
+    """Drop visual tokens but the chosen ones, and padding.
 
     Parameters
     ----------
@@ -190,15 +185,32 @@ def keep_tokens(tokens, chosen):
 
     Returns
     -------
-    tuple (index [B, S'], int64; Tokens)
-        Positions, ascending where they are valid, of the tokens that stay, and their layout.
+    tuple
+        See `keep_ranks`.
+    """
+    ranks = []
+    for row, images, places in zip(chosen, tokens.images, tokens.places):
+        own = [rank.to(places.device) + first for rank, (first, _) in zip(row, images)]
+        ranks.append(torch.cat(own) if own else places)
+    return keep_ranks(tokens, ranks, [[len(rank) for rank in row] for row in chosen])
+
+
+def keep_ranks(tokens, ranks, sizes):
+    """The same for ranks [k] among all visual tokens of a row, so many of each image.
+
+    Returns
+    -------
+    index : Tensor [B, S'], int64
+        Positions of the tokens that stay, ascending where they are valid. A row that gets shorter than others is padded
+        on the left.
+    left : Tokens
+    ranks : list of Tensor [k], int64
+        Those of every row.
     """
     stays, kept = tokens.text.clone(), []
-    for row, places, images, ranks in zip(stays, tokens.places, tokens.images, chosen):
-        own = [places[first:last].index_select(0, rank.to(places.device)) for (first, last), rank in zip(images, ranks)]
-        kept.append(torch.cat(own) if own else places)
+    for row, places, own in zip(stays, tokens.places, ranks):
+        kept.append(places.index_select(0, own.to(places.device)))
         row.index_fill_(0, kept[-1], True)
-    sizes = [[len(rank) for rank in row] for row in chosen]
     lengths = [length - sum(before) + sum(after) for length, before, after in zip(tokens.lengths, tokens.sizes, sizes)]
     if not min(lengths, default=1):
         raise UnsupportedError(
@@ -212,7 +224,8 @@ def keep_tokens(tokens, chosen):
         valid = tokens.valid.gather(1, index)
     else:
         valid = None if min(lengths, default=0) == longest else stays.gather(1, index)
-    return index, Tokens(tokens.text.gather(1, index), places, sizes, lengths, valid, tokens.padding_unknown)
+    left = Tokens(tokens.text.gather(1, index), places, sizes, lengths, valid, tokens.padding_unknown)
+    return index, left, ranks
 
 
 def spans_from_counts(counts):

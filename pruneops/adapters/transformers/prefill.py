@@ -1,0 +1,356 @@
+"""The forward pass that meets the images."""
+
+import contextlib
+from types import SimpleNamespace
+
+import torch
+
+from ...methods import Image, Row
+from ...methods._base import Budgeted
+from .cache import PrunedLayer, Request, kv_bytes, prunable_cache
+from .models import MODALITIES, UnsupportedError, layout_kind, visual_tokens
+from .passes import Pass, additive_mask, check_mask, gather
+from .query_capture import check_capturable, start_capture, stop_capture
+from .token_layout import features_of, keep_ranks, keep_tokens, spans_from_counts, token_layout
+from .vision import image_fields
+
+
+def brings_images(inputs):
+    pixels = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    return pixels or bool(encoded_images(inputs))
+
+
+def encoded_images(inputs):
+    """{modality: the encoder's outputs} that a pass was given in place of pixels."""
+    encoded = inputs.get("mm_encoder_outputs")
+    if isinstance(encoded, torch.Tensor) or inputs.get("image_hidden_states") is not None:  # Idefics3, SmolVLM
+        encoded = {"image": SimpleNamespace(pooler_output=inputs.get("image_hidden_states", encoded))}
+    return {name: own for name, own in (encoded or {}).items() if name in MODALITIES and own is not None}
+
+
+class Prefill(Pass):
+    """The pass that meets the images."""
+
+    def __init__(self, handle, model, method, inputs):
+        decoder = handle.decoder
+        super().__init__(handle, Request(method, len(decoder.layers)), dict(inputs))
+        self.model, self.method = model, method
+        self.method_layers = tuple(method.layers(len(decoder.layers)))
+        self.checkpointed = decoder.training and getattr(decoder.layers[0], "gradient_checkpointing", False)
+        self.cache, self.layers = self._cache(), []
+        reads = {"query"} if self.cache is not None else {"query", "key"}
+        queried = {layer - 1 for layer in self.method_layers} if reads & set(method.needs) else set()
+        self.captures = {decoder.layers[i].self_attn: i for i in sorted(queried)}
+        self.captured = {}  # layer -> (query, key)
+        self.encoded = encoded_images(inputs)
+        self.length = self.left = 0  # of the text, and of what is left of it
+        self._check()
+
+    def _cache(self):
+        """The cache that the pass will fill, or None."""
+        use, cache = self.inputs.get("use_cache"), self.inputs.get("past_key_values")
+        use = getattr(self.decoder.config, "use_cache", True) if use is None else use
+        if self.checkpointed or (cache is None and not use):
+            return None
+        return prunable_cache(cache, self.decoder)
+
+    def _check(self):
+        """Refuse what cannot be pruned, before anything is computed or changed."""
+        check_mask(self.inputs.get("attention_mask"))
+        if self.attention.startswith("paged"):
+            raise UnsupportedError("pruneops: continuous batching cannot be pruned; use generate")
+        if "flex" in self.attention:
+            raise UnsupportedError(f"pruneops: {self.attention} cannot be pruned; set_attn_implementation('sdpa')")
+        if hasattr(self.decoder, "_orig_mod") or self.decoder._compiled_call_impl is not None:
+            raise UnsupportedError(
+                "pruneops: a decoder that was compiled by itself cannot be pruned; compile the model"
+            )
+        asks = self.request.asks_between_steps
+        if not self.method_layers and not asks:
+            return
+        if self.cache is None and (asks or not self.decoder.training):
+            raise UnsupportedError(
+                "pruneops: use_cache=False cannot be pruned inside the decoder, where every step would choose anew; "
+                "leave use_cache at True, or use a method that prunes after the projector"
+            )
+        layers = self.decoder.layers
+        if any(getattr(layer, "_compiled_call_impl", None) is not None for layer in layers):
+            raise UnsupportedError("pruneops: layers that were compiled one by one cannot be pruned; compile the model")
+        if self.checkpointed and type(layers[0]).__call__ is not torch.nn.Module.__call__:
+            raise UnsupportedError(
+                "pruneops: gradient checkpointing of this transformers recomputes layers with their hooks; use a "
+                "method that prunes after the projector, train without checkpointing, or take a newer release"
+            )
+        for module in self.captures:
+            check_capturable(module)
+
+    def run(self, forward):
+        cache = self.cache
+        if cache is None:
+            self.inputs |= {"use_cache": False, "past_key_values": None}
+            out = super().run(forward)
+        else:
+            before, self.layers = cache.layers, [PrunedLayer() for _ in self.decoder.layers]
+            for layer in self.layers:
+                layer.request = self.request
+            cache.layers, self.inputs["past_key_values"] = self.layers, cache
+            try:
+                out = super().run(forward)
+            except BaseException:
+                cache.layers = before
+                raise
+        self._count()
+        self.handle.stats.append(self.request.stats)
+        if self.left == self.length and not self.request.asks_between_steps:
+            kept = f"{self.method} kept all tokens of images of {self.request.stats.images}"
+            self.handle.warn_unpruned(kept if self.length else "its decoder did not run")
+        return out
+
+    def has_work(self):
+        return True
+
+    def saw(self, modality, encoded):
+        """The encoder ran within the pass."""
+        self.encoded[modality] = encoded
+
+    # In the decoder
+
+    def before_decoder(self, decoder, args, kwargs):
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        features = {name: out.pooler_output for name, out in self.encoded.items()}
+        counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
+        self.length = self.left = embeds.shape[1]
+        self.index = self.inside = None  # positions of what is left: in the text, in the decoder's input
+        if not any(map(sum, counts.values())):
+            return args, kwargs
+        visual = visual_tokens(self.model, self.inputs.get("input_ids"), self.inputs.get("inputs_embeds"))
+        read = bool(self.method_layers) or self.request.asks_between_steps
+        layout = token_layout(layout_kind(self.model), self.inputs.get("input_ids"), visual, counts, mask, read)
+        self.tokens, self.sizes = layout.tokens, layout.tokens.sizes
+        self.request.stats.images = self.sizes
+        self.request.after = self.length, [places[-1:] for places in self.tokens.places]
+        self._record(0)
+        chosen = every_token(self.tokens)
+        with self._timed():
+            if self.method.after_projector:
+                chosen = self._select(features, layout.images)
+            if not layout.left_padded or sizes_of(chosen) != self.sizes:
+                self._prune_input(kwargs, chosen)
+        self.entry_valid = self.tokens.valid
+        self._set_layers(0)
+        self._hook_layers(kwargs)
+        return args, kwargs
+
+    @torch.no_grad()
+    def _select(self, features, rows):
+        """Ranks within every image of every row. Beams of one prompt share its features, and so its choice."""
+        chosen, known = [], {}
+        for row in rows:
+            images = [features_of(features[name], first, size) for name, first, size in row]
+            key = tuple(own.data_ptr() for own in images)
+            if key not in known:
+                known[key] = self.method.select_each([Image(own, **image_fields(own)) for own in images])
+            chosen.append(known[key])
+        return chosen
+
+    def _prune_input(self, kwargs, chosen):
+        before = self.tokens
+        self.index, self.tokens, ranks = keep_tokens(before, chosen)
+        self.left = self.index.shape[1]
+        self._record(0)
+        positions, embeds = kwargs.get("position_ids"), kwargs["inputs_embeds"]
+        if positions is None:
+            positions = torch.arange(self.length, device=embeds.device)[None]
+        kwargs["inputs_embeds"], kwargs["position_ids"] = gather([embeds, positions], self.index, [1, -1])
+        if kwargs.get("visual_pos_masks") is not None:
+            (kwargs["visual_pos_masks"],) = gather([kwargs["visual_pos_masks"]], self.index, [1])
+            if self.tokens.valid is not None:
+                kwargs["visual_pos_masks"] = kwargs["visual_pos_masks"] & self.tokens.valid
+            kwargs["deepstack_visual_embeds"] = keep_features(kwargs["deepstack_visual_embeds"], before, ranks)
+        if kwargs.get("cache_position") is not None:  # before 5.4; made anew from the cache
+            kwargs["cache_position"] = None
+        kwargs["attention_mask"] = self._input_mask(embeds)
+
+    def _input_mask(self, embeds):
+        """[B, tokens of the text], with zeros for what went, as the cache counts them; None where all are valid."""
+        valid = self.tokens.valid
+        if self.cache is None:  # without cache and mask, gaps between positions pass for packed sequences
+            return embeds.new_ones(len(embeds), self.left).long() if valid is None else valid.long()
+        return None if valid is None else torch.nn.functional.pad(valid.long(), (self.length - self.left, 0))
+
+    def _hook_layers(self, kwargs):
+        layers, first = self.decoder.layers, min(self.method_layers, default=len(self.decoder.layers))
+        self.deepstack = kwargs.get("deepstack_visual_embeds")
+        if self.deepstack is not None and first < len(self.deepstack):
+            kwargs["deepstack_visual_embeds"] = None
+            kwargs["visual_pos_masks"] = None
+            for i in range(len(self.deepstack)):
+                self.hook(layers[i].register_forward_hook, self._add_deepstack(i))
+        # flash attention takes gaps between positions for packed sequences
+        start = 0 if self.flash and self.index is not None else first
+        for i in range(start, len(layers)):
+            self.hook(layers[i].register_forward_pre_hook, self._before_layer(i), with_kwargs=True)
+        for module in self.captures:
+            start_capture(module)
+            self.exit.callback(stop_capture, module)
+        if self.index is not None or self.method_layers:
+            self.hook(self.decoder.register_forward_hook, self._after_decoder)
+
+    def _before_layer(self, i):
+        def hook(module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if i in self.method_layers:
+                with self._timed():
+                    hidden = self._prune_layer(i, hidden)
+            if self.inside is not None:
+                kwargs |= self._of_layer(kwargs, hidden)
+            if self.flash and self.index is not None:
+                kwargs["position_ids"] = None
+            return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+        return hook
+
+    def _prune_layer(self, i, hidden):
+        before = self.tokens
+        ranks, sizes = zip(*(self._choose(i, b, hidden) for b in range(len(hidden))))
+        if list(sizes) == before.sizes:
+            return hidden
+        index, self.tokens, ranks = keep_ranks(before, ranks, list(sizes))
+        self.left = index.shape[1]
+        self.index = index if self.index is None else self.index.gather(1, index)
+        self.inside = index if self.inside is None else self.inside.gather(1, index)
+        if self.deepstack is not None:
+            self.deepstack = keep_features(self.deepstack, before, ranks)
+        self.replaced = None
+        self._set_layers(i)
+        self._record(i)
+        return gather([hidden], index, [1])[0]
+
+    @torch.no_grad()
+    def _choose(self, i, b, hidden):
+        """Of row b, the ranks of the visual tokens that stay, and how many there are of each image."""
+        tokens, count = self.tokens, len(self.decoder.layers)
+        first, places = hidden.shape[1] - tokens.lengths[b], tokens.places[b]
+        query, key = self.captured.get(i - 1, (None, None))
+        if key is None and self.layers and i:
+            key = self.layers[i - 1].keys
+        row = Row(
+            hidden=hidden[b, first:],
+            query=None if query is None else query[b, :, first:],
+            key=None if key is None else key[b, :, first:],
+            norm=getattr(self.decoder, "norm", None),
+            visual=places.to(hidden.device) - first,
+            images=tokens.images[b],
+            sizes=self.sizes[b],
+        )
+        chosen = self.method.at_layer(i, row, count) if len(places) else None
+        if chosen is None:
+            return torch.arange(len(places), device=places.device), tokens.sizes[b]
+        return chosen, kept_of_images(chosen, row, self.method)
+
+    def _of_layer(self, kwargs, hidden):
+        """Mask, rotary embeddings and positions of the tokens that are left, from those that the decoder made."""
+        if self.replaced is None:
+            names = [name for name in ("position_embeddings", "position_ids") if kwargs.get(name) is not None]
+            self.replaced = {}
+            for name in names:
+                own, dim = (kwargs[name], -2) if name == "position_embeddings" else ([kwargs[name]], -1)
+                own = gather(list(own), self.inside, [dim] * len(own))
+                self.replaced[name] = tuple(own) if dim == -2 else own[0]
+            self.replaced["attention_mask"] = self._layer_mask(kwargs.get("attention_mask"), hidden)
+        return self.replaced
+
+    def _layer_mask(self, given, hidden):
+        valid = self.tokens.valid
+        if self.flash:
+            return None if valid is None else valid.long()
+        if valid is None and self.entry_valid is None:
+            return None if given is None else given[..., : self.left, : self.left]
+        return additive_mask(torch.ones_like(self.tokens.text) if valid is None else valid, hidden)
+
+    def _add_deepstack(self, i):
+        """What the decoder adds to the visual tokens after its first layers (Qwen3-VL)."""
+
+        def hook(module, args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            rows = self.deepstack[i].split([len(own) for own in self.tokens.places])
+            more = torch.zeros_like(hidden)
+            for row, places, own in zip(more, self.tokens.places, rows):
+                row.index_copy_(0, places.to(row.device), own.to(row))
+            hidden = hidden + more
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _after_decoder(self, module, args, output):
+        """As long as the text again: a token that went has the output of the last one before it that stayed.
+
+        So logits stand where they always do, labels and losses fit, and the token before an answer predicts it.
+        """
+        if self.index is None:
+            return None
+        hidden = output[0]
+        index = self.index if self.tokens.valid is None else self.index.where(self.tokens.valid, -1)
+        text = torch.arange(self.length, device=index.device).expand(len(index), -1).contiguous()
+        source = torch.searchsorted(index.contiguous(), text, right=True).sub_(1).clamp_(min=0)
+        (hidden,) = gather([hidden], source.to(hidden.device), [1])
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+    # Records
+
+    @contextlib.contextmanager
+    def _timed(self):
+        start = self.handle.clock()
+        yield
+        self.request.stats.seconds += self.handle.clock() - start
+
+    def _set_layers(self, group):
+        """Layers from number `group` on hold what is left."""
+        for layer in self.layers[group:]:
+            layer.group, layer.removed = group, self.length - self.left
+            layer.prompt, layer.valid = self.left, self.tokens.valid
+            if self.request.asks_between_steps:
+                layer.visual = self.tokens.flags()
+        request, valid = self.request, self.tokens.valid
+        if self.tokens.padding_unknown:
+            request.unread = valid
+        else:
+            request.needs_masks |= valid is not None or self.inside is not None
+
+    def _record(self, start):
+        kept = self.request.stats.kept
+        kept[start:] = [self.tokens.sizes] * (len(kept) - start)
+
+    def _count(self):
+        stats = self.request.stats
+        stats.kv_bytes = [kv_bytes(layer) for layer in self.layers] or stats.kv_bytes
+        if self.layers and self.layers[0].size:
+            stats.kv_bytes_unpruned = stats.kv_bytes[0] // self.layers[0].size * self.length
+
+
+def every_token(tokens):
+    return [[torch.arange(size, device=tokens.text.device) for size in row] for row in tokens.sizes]
+
+
+def sizes_of(chosen):
+    return [[len(own) for own in row] for row in chosen]
+
+
+def keep_features(features, tokens, ranks):
+    """Of features [visual tokens of all rows, D] of some layers, those of ranks [k] of every row."""
+    starts = [first for first, _ in spans_from_counts([len(places) for places in tokens.places])]
+    joined = torch.cat([own + start for own, start in zip(ranks, starts)])
+    return [own.index_select(0, joined.to(own.device)) for own in features]
+
+
+def kept_of_images(chosen, row, method):
+    """How many of a row's chosen ranks are each image's: as the budget has it, else read."""
+    if len(row.images) == 1 or not len(chosen):
+        return [len(chosen)] + [0] * (len(row.images) - 1)
+    if isinstance(method, Budgeted):
+        return [min(method.budget(size), end - start) for size, (start, end) in zip(row.sizes, row.images)]
+    chosen = chosen.cpu().numpy()
+    return [int(((chosen >= start) & (chosen < end)).sum()) for start, end in row.images]
