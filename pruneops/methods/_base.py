@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import exclusive_bottomk
-from ..ops._library import DTYPES, expect
+from ..ops._library import DTYPES, expect, without_autocast
 
 SCHEMA = 1
 METHODS = {}  # name -> class
@@ -92,6 +92,11 @@ class Method:
         return False
 
     @property
+    def reads(self):
+        """What `select` reads of an Image besides features: a frozenset of "cls_attention" or nothing."""
+        return frozenset()
+
+    @property
     def needs(self):
         """What `at_layer` reads of a Row besides hidden: a frozenset of "query", "key" and "norm"."""
         return frozenset()
@@ -105,6 +110,7 @@ class Method:
         expect(is_int(count) and count >= 1, self._who, "count", repr(count), "an int of at least 1")
         return self._layers(count)
 
+    @without_autocast
     def select(self, image):
         """Choose tokens of an image after the projector; all of them if the method does not prune there.
 
@@ -127,6 +133,7 @@ class Method:
         k = self.budget(tokens) if self.after_projector else tokens
         return every_token(image.features) if k == tokens else self._select(image, k)
 
+    @without_autocast
     def select_each(self, images):
         """`select` for each image of a request, of any sizes; the i-th counts as number i.
 
@@ -139,8 +146,9 @@ class Method:
         -------
         list of Tensor [k_i], int64
         """
-        return [self.select(image._replace(index=i)) for i, image in enumerate(images)]
+        return self._select_each([image._replace(index=i) for i, image in enumerate(images)])
 
+    @without_autocast
     def at_layer(self, layer, row, count):
         """Choose among the visual tokens of a prompt at the input of a decoder layer.
 
@@ -191,6 +199,9 @@ class Method:
 
     def _select(self, image, k):
         raise NotImplementedError
+
+    def _select_each(self, images):
+        return [self.select(image) for image in images]
 
     def _at_layer(self, row):
         raise NotImplementedError
@@ -345,6 +356,12 @@ def every_token(features):
     """All indices [.., n] of features [.., n, D]."""
     *batch, tokens, _ = features.shape
     return torch.arange(tokens, device=features.device).repeat(*batch, 1).view(*batch, tokens)
+
+
+def uploaded(tensor, device):
+    """A tensor of the host on a device; the host does not wait for the copy, which takes pinned memory on CUDA."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def check_features(who, features, k=None):

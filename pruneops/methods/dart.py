@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..ops import pivot_bottomk
-from ..ops._library import expect
+from ..ops._library import expect, without_autocast
 from ._base import Budgeted, check_features, is_int, part_of
 
 COMPAT = ("paper", "official")
@@ -104,6 +104,7 @@ def dart_budget(k, tokens, image_pivots=4, text_pivots=4, compat="paper"):
     return min(k, tokens)
 
 
+@without_autocast
 def dart_select(features, norms, k, *, text=None, text_norms=None, image_pivots=4, text_pivots=4, compat="paper"):
     """The image pivots, and the tokens that each pivot in turn finds least like itself.
 

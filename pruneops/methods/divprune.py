@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..ops import kcenter
+from ..ops._library import without_autocast
 from ._base import Budgeted, check_features
 
 BLOCK = 2**20  # similarities held at a time
@@ -42,6 +43,7 @@ class DivPrune(Budgeted):
         return divprune_select(image.features, k)
 
 
+@without_autocast
 @torch.no_grad()
 def divprune_start(features):
     """The token that is farthest from its nearest neighbour, in cosine distance.
@@ -82,6 +84,7 @@ def divprune_start(features):
     return torch.where(finite, nearest, torch.inf).argmin(-1)
 
 
+@without_autocast
 def divprune_select(features, k):
     """From `divprune_start`, each time the token farthest from those chosen.
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..ops import attention_received
-from ..ops._library import expect
+from ..ops._library import expect, without_autocast
 from ._base import Budgeted, largest
 
 
@@ -33,17 +33,23 @@ class FasterVLM(Budgeted):
     def after_projector(self):
         return True
 
+    @property
+    def reads(self):
+        return frozenset({"cls_attention"})
+
     def _select(self, image, k):
         given = image.cls_attention is not None
         expect(given, self._who, "image.cls_attention", None, "given: this method chooses by it")
         return fastervlm_select(image.cls_attention, k)
 
 
+@without_autocast
 def fastervlm_select(attention, k):
     """The k tokens [.., k] of greatest attention [.., n], ascending; ties to the lowest index, non-finite ones last."""
     return largest(attention, k)
 
 
+@without_autocast
 def cls_attention(query, key, *, cls=0, scale=None):
     """Attention from [CLS] to every other token in a layer of a vision tower, averaged over heads.
 
@@ -73,6 +79,7 @@ def cls_attention(query, key, *, cls=0, scale=None):
     return torch.cat([received[..., :cls], received[..., cls + 1 :]], -1)
 
 
+@without_autocast
 def mean_attention(query, key, *, scale=None):
     """Attention that every token receives from all of them in a layer of a vision tower without [CLS].
 

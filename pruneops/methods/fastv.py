@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ops import attention_received
-from ..ops._library import expect
+from ..ops._library import expect, without_autocast
 from ._base import Budgeted, largest
 
 ROWS = ("all", "last")
@@ -55,6 +55,7 @@ class FastV(Budgeted):
         return self._per_image(row, lambda start, end, k, size: fastv_select(scores[start:end], k))
 
 
+@without_autocast
 def fastv_scores(query, key, *, rows="all"):
     """Attention that every token receives, averaged over heads.
 
@@ -80,6 +81,7 @@ def fastv_scores(query, key, *, rows="all"):
     return attention_received(query, key).mean(-2)
 
 
+@without_autocast
 def fastv_select(scores, k):
     """The k tokens [.., k] of greatest score [.., n], ascending; ties to the lowest index, non-finite scores last."""
     return largest(scores, k)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ..ops._library import expect
-from ._base import Budgeted, is_int
+from ._base import Budgeted, is_int, uploaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Random(Budgeted):
             drawn = torch.stack(drawn) if drawn else torch.empty(0, k, dtype=torch.int64)
         else:
             drawn = random_select(n, k, seed=self.seed, index=image.index)
-        return drawn.to(image.features.device)
+        return uploaded(drawn, image.features.device)
 
 
 def random_select(tokens, k, *, seed=0, index=0):

@@ -11,8 +11,18 @@ from typing import ClassVar
 import torch
 
 from ..ops import attention_mass, cross_modal_ratio, kcenter, kcenter_varlen
-from ..ops._library import expect
-from ._base import Budgeted, Image, check_features, check_image, every_token, greatest, is_share, part_of
+from ..ops._library import expect, without_autocast
+from ._base import (
+    Budgeted,
+    Image,
+    check_features,
+    check_image,
+    every_token,
+    greatest,
+    is_share,
+    part_of,
+    uploaded,
+)
 
 PIVOTS = ("auto", "attention", "norm")
 SYSTEM, VISION, TEXT = range(3)
@@ -63,25 +73,12 @@ class ToDRE(Budgeted):
         return self.keep != 1.0 or isinstance(self.keep, int)
 
     @property
+    def reads(self):
+        return frozenset(() if self.pivot == "norm" else {"cls_attention"})
+
+    @property
     def needs(self):
         return frozenset({"query", "key"} if self.depths else ())
-
-    def select_each(self, images):
-        """As `Method.select_each`; the images that lose tokens go through one call of `kcenter_varlen`."""
-        for image in images:
-            check_image(self._who, image)
-            expect(image.features.dim() == 2, self._who, "image.features", "a batch", "of shape [n, D]")
-        kept = [every_token(image.features) for image in images]
-        ks = [self.budget(len(own)) for own in kept]
-        pruned = [i for i, own in enumerate(kept) if ks[i] < len(own)]
-        if pruned:
-            starts = list(itertools.accumulate((len(kept[i]) for i in pruned), initial=0))
-            features, quotas = torch.cat([images[i].features for i in pruned]), [ks[i] for i in pruned]
-            pivots = torch.stack([self._pivot(images[i]) + start for i, start in zip(pruned, starts)])
-            chosen = todre_select_varlen(features, torch.tensor(starts, device=features.device), quotas, pivots=pivots)
-            for i, own, start in zip(pruned, chosen.split(quotas), starts):
-                kept[i] = own - start
-        return kept
 
     def _pivot(self, image):
         given = image.cls_attention is not None
@@ -92,6 +89,32 @@ class ToDRE(Budgeted):
 
     def _select(self, image, k):
         return todre_select(image.features, k, pivot=self._pivot(image))
+
+    def _select_each(self, images):
+        """The images that lose tokens go through one call: of `kcenter` if they are alike, else of `kcenter_varlen`."""
+        for image in images:
+            check_image(self._who, image)
+            expect(image.features.dim() == 2, self._who, "image.features", "a batch", "of shape [n, D]")
+        sizes = [image.features.shape[0] for image in images]
+        ks = [self.budget(size) for size in sizes]
+        pruned = [i for i, (k, size) in enumerate(zip(ks, sizes)) if k < size]
+        kept = {}
+        if len(pruned) == 1:
+            kept[pruned[0]] = self._select(images[pruned[0]], ks[pruned[0]])
+        elif pruned:
+            kept = dict(zip(pruned, self._together([images[i] for i in pruned], [ks[i] for i in pruned])))
+        return [kept[i] if i in kept else every_token(image.features) for i, image in enumerate(images)]
+
+    def _together(self, images, ks):
+        """`_select` of several images."""
+        features, pivots = [image.features for image in images], [self._pivot(image) for image in images]
+        if len({(own.shape, own.dtype) for own in features}) == 1:  # then so are their budgets
+            return todre_select(torch.stack(features), ks[0], pivot=torch.stack(pivots)).unbind()
+        starts = list(itertools.accumulate((len(own) for own in features), initial=0))
+        packed, bounds = torch.cat(features), uploaded(torch.tensor(starts), features[0].device)
+        pivots = torch.stack([pivot + start for pivot, start in zip(pivots, starts)])
+        chosen = todre_select_varlen(packed, bounds, ks, pivots=pivots).split(ks)
+        return [own - start for own, start in zip(chosen, starts)]
 
     def _layers(self, count):
         layers = {int(part_of(depth, count)) for depth in self.depths}
@@ -105,6 +128,7 @@ class ToDRE(Budgeted):
         return row.visual[:0] if bool(irrelevant) else None
 
 
+@without_autocast
 def todre_pivot(features, attention=None, *, thumbnail=None, frames=None):
     """The token that opens ToDRE's set.
 
@@ -140,6 +164,7 @@ def todre_pivot(features, attention=None, *, thumbnail=None, frames=None):
     return greatest(scores[..., start:end]) + start
 
 
+@without_autocast
 def todre_select(features, k, *, pivot):
     """Stage 1: the pivot, then each time the token whose greatest cosine with the set is least.
 
@@ -169,6 +194,7 @@ def todre_select(features, k, *, pivot):
     return kcenter(features, k, seeds=pivot.unsqueeze(-1)).indices.sort(-1).values
 
 
+@without_autocast
 def todre_select_varlen(features, cu_seqlens, ks, *, pivots):
     """`todre_select` for images of different sizes packed into one tensor.
 
@@ -195,6 +221,7 @@ def todre_select_varlen(features, cu_seqlens, ks, *, pivots):
     return kcenter_varlen(features, cu_seqlens, list(ks), seeds=pivots.unsqueeze(-1)).indices.sort().values
 
 
+@without_autocast
 def todre_ratios(query, key, group):
     """Stage 2: how much text attends to vision, and vision to text, in one decoder layer.
 

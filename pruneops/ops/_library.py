@@ -1,5 +1,6 @@
 """What every operator shares: its schema, its errors, its dispatch."""
 
+import functools
 import itertools
 import os
 
@@ -12,6 +13,7 @@ _native = torch.library.Library("pruneops_native", "IMPL")  # C++ and CUDA kerne
 OPERATORS = {}  # name -> backends that have it
 # What launches kernels and nothing that autograd would record: the context that turns it off costs 3 us.
 NO_AUTOGRAD = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+AUTOCAST = ("cpu", "cuda")  # device types of the operators
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT = (int, torch.SymInt)
@@ -56,6 +58,9 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
     def run(*args, **kwargs):
         # of operators on lists of tensors, the second argument is a tensor
         device = (args[0] if isinstance(args[0], torch.Tensor) else args[1]).device
+        if torch.is_autocast_enabled(device.type):  # it would round the float32 products of PyTorch code
+            with torch.autocast(device.type, enabled=False):
+                return run(*args, **kwargs)
         try:
             own_class = shape_class(*args, **kwargs) if shape_class and device.type == "cuda" else None
             chosen = backends.choose(device.type, name, implementations, own_class)
@@ -83,6 +88,23 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         torch.library.register_autograd(qualified, gradient[0], setup_context=gradient[1], lib=_library)
+
+
+def without_autocast(function):
+    """The function with autocast off inside: what it answers there is what it answers elsewhere.
+
+    For functions beside the operators, which see to it themselves.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        for device in AUTOCAST:  # looking costs 0.1 us, turning it off ten times as much
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def is_concrete(tensor):

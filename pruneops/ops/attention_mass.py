@@ -18,6 +18,7 @@ from ._library import (
     expect_indices,
     expect_type,
     is_concrete,
+    without_autocast,
 )
 
 MOST_GROUPS = 8
@@ -91,6 +92,7 @@ def attention_mass(query, key, query_group, key_group, groups, *, causal=True, s
     )
 
 
+@without_autocast
 def cross_modal_ratio(mass, *, text, vision):
     """Shares of attention between text and vision, ToDRE's Eq. 7.
 
@@ -119,6 +121,7 @@ def cross_modal_ratio(mass, *, text, vision):
     return share[..., text, vision], share[..., vision, text]
 
 
+@without_autocast
 def group_distribution(mass, *, query):
     """How the queries of one group spread their attention over the key groups, per head: DyRate's v_t.
 

@@ -36,11 +36,15 @@ def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
     ------
     ValueError, TypeError
         On bad arguments, before anything is launched. Values are checked on CPU always, on CUDA when
-        PRUNEOPS_DEBUG=1: positions, pages, and that no page serves two places, for one that two requests share
-        would lose what the other reads.
+        PRUNEOPS_DEBUG=1: positions, pages, and that a page that tokens move to serves one place.
 
     Notes
     -----
+    A page may stand in the rows of several requests (a shared prefix) as long as no token moves to it, for the others
+    would lose what they read there. A token with keep[b, r] = r stays where it is and is not written, so a prefix that
+    is kept whole can be shared, and so can pages that tokens are only moved from. Requests outside of this call must
+    not share a page that tokens move to either; nothing can check that here.
+
     Not differentiable.
 
     Examples
@@ -118,19 +122,24 @@ def _expect_layout(layout):
 
 
 def _check_blocks(op, block_table, keep, lengths, page, pages):
-    """The pages up to each request's last kept token are there, and each serves one place."""
-    last = torch.where(meant(keep, lengths), keep if keep.dim() == 3 else keep[:, None], -1).amax((1, 2))  # [B]
-    used = torch.arange(block_table.shape[1], device=keep.device) * page <= last[:, None]
+    """The pages up to each request's last kept token are there, and one that tokens move to serves one place."""
+    valid, keep = meant(keep, lengths), keep if keep.dim() == 3 else keep[:, None]
+    starts = torch.arange(block_table.shape[1], device=keep.device) * page
+    used = starts <= torch.where(valid, keep, -1).amax((1, 2))[:, None]
     blocks = block_table[used]
     if not blocks.numel():
         return
     outside = (blocks < 0) | (blocks >= pages)
     if outside.any():
         expect(False, op, "block_table", f"{int(blocks[outside][0])} at one place", f"in [0, {pages})")
-    ids, counts = blocks.unique(return_counts=True)
-    if (counts > 1).any():
-        shared = f"page {int(ids[counts > 1][0])} at two places"
-        expect(False, op, "block_table", shared, "a page of its own at every place that is moved from or to")
+    # positions ascend, so the tokens that stay come first
+    stay = (valid & (keep == torch.arange(keep.shape[-1], device=keep.device))).sum(-1).amin(-1)[:, None]
+    written = torch.maximum(starts, stay) < torch.minimum(starts + page, lengths[:, None])
+    _, places, counts = blocks.unique(return_inverse=True, return_counts=True)
+    lost = (counts[places] > 1) & written[used]
+    if lost.any():
+        shared = f"page {int(blocks[lost].min())} at two places"
+        expect(False, op, "block_table", shared, "a page of its own at every place that tokens move to")
 
 
 def _fake(pages, block_table, keep, lengths, *, layout="NHD"):

@@ -1,6 +1,7 @@
 """Keeping some of the tokens of paged caches, in place: the specification.
 
-Cost: per request and tensor an index, one read and one write of what is kept. Reads `lengths` on the host.
+Cost: per request and tensor an index, one read and one write of what moves. The host reads `lengths`, and how
+many tokens move.
 """
 
 import torch
@@ -18,8 +19,9 @@ def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
 
 
 def _compact_request(part, table, keep):
-    """table [blocks], keep [n] or [Hk, n]."""
+    """table [blocks], keep [n] or [Hk, n]. Tokens that stay are not written: others may read them in a shared page."""
     page, Hk = part.shape[1:3]
-    head = torch.arange(Hk, device=keep.device)[:, None]
-    place = torch.arange(keep.shape[-1], device=keep.device)
-    part[table[place // page], place % page, head] = part[table[keep // page], keep % page, head]
+    keep = keep.expand(Hk, keep.shape[-1])
+    head, place = (keep != torch.arange(keep.shape[-1], device=keep.device)).nonzero(as_tuple=True)
+    source = keep[head, place]
+    part[table[place // page], place % page, head] = part[table[source // page], source % page, head]

@@ -1,6 +1,7 @@
 """Compaction of paged caches on every backend: the contract of `pruneops.paged_kv_compact_`, line by line."""
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
@@ -70,6 +71,34 @@ def cases(draw):
     return tensors, table, keep, lengths, layout
 
 
+@st.composite
+def sharing(draw):
+    """(tensors, table, keep, lengths, layout): pages at several places, the first tokens of every row stay."""
+    generator = draw(strategies.generators)
+    B, Hk, blocks, page = draw(st.integers(2, 3)), draw(st.integers(1, 2)), draw(st.integers(2, 4)), 2
+    S, pages, prefix = blocks * page, draw(st.integers(blocks, B * blocks)), draw(st.integers(0, blocks - 1))
+    table = torch.stack([torch.randperm(pages, generator=generator)[:blocks] for _ in range(B)]).int()
+    table[:, :prefix] = table[:1, :prefix]
+    rows, stay = draw(st.sampled_from([(B,), (B, Hk)])), max(0, prefix * page + draw(st.integers(-1, 2)))
+    K = draw(st.integers(stay, S))
+    rest = stay + ascending(rows, K - stay, S - stay, generator)
+    keep = torch.cat([torch.arange(stay).expand(*rows, stay), rest], -1)
+    lengths = torch.randint(K // 2, K + 1, (B,), generator=generator)
+    layout = draw(st.sampled_from(["NHD", "HND"]))
+    return [pages_of(pages, page, Hk, 5, layout)], table, with_garbage(keep, lengths), lengths, layout
+
+
+def lost_page(table, keep, lengths, page):
+    """The first page that a token moves to and that serves two places, or None; token by token."""
+    places, written = Counter(), set()
+    for b, length in enumerate(lengths.tolist()):
+        rows = torch.atleast_2d(keep[b])[:, :length].tolist()
+        last = max((position for row in rows for position in row), default=-1)
+        places.update(table[b, : last // page + 1].tolist())
+        written |= {int(table[b, r // page]) for row in rows for r, position in enumerate(row) if r != position}
+    return min((own for own in written if places[own] > 1), default=None)
+
+
 # Answers
 
 
@@ -123,6 +152,75 @@ def test_exact_bits(target, dtype):
     assert_same_bits(held.cpu(), torch.stack(parts, 2))
     together = both.movedim(2, 1).contiguous()
     assert_same_bits(compact(target, [together], table, keep, lengths), [torch.stack(parts, 1)])
+
+
+# Shared pages
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_shared_prefix(target, layout):
+    """Three requests begin with the same two pages and keep them whole; what follows moves in pages of their own."""
+    generator = torch.Generator().manual_seed(3)
+    table = torch.cat([torch.tensor([[6, 2]]).expand(3, 2), torch.tensor([[0, 1, 3], [9, 8, 7], [4, 5, 10]])], 1).int()
+    prefix, lengths = torch.arange(8), torch.tensor([13, 12, 9])
+    for rows in ((3,), (3, 2)):
+        rest = 8 + ascending(rows, 5, 12, generator)
+        keep = with_garbage(torch.cat([prefix.expand(*rows, 8), rest], -1), lengths)
+        tensors = [pages_of(12, 4, 2, 16, layout, dtype) for dtype in (torch.float16, torch.int8)]
+        arguments = table, keep, lengths, layout
+        after = compact(target, tensors, *arguments)
+        assert_same_bits(after, [expected(tensor, *arguments) for tensor in tensors])
+        for old, new in zip(tensors, after):
+            assert_same_bits(new[[6, 2, 11]], old[[6, 2, 11]])
+
+
+@every_backend
+def test_shared_sources(target):
+    """Tokens may be moved from a page at several places, of one request too, as long as none moves to it."""
+    tensor = pages_of(5, 2, 1, 4, "NHD")
+    table = torch.tensor([[0, 4, 4], [1, 4, 3]], dtype=torch.int32)
+    arguments = table, torch.tensor([[1, 5], [0, 2]]), torch.tensor([2, 2]), "NHD"
+    assert_same_bits(compact(target, [tensor], *arguments), [expected(tensor, *arguments)])
+
+
+@every_backend
+@given(case=sharing())
+def test_shared_pages(target, case):
+    """Done right where no token moves to a shared page, on all backends; otherwise refused on the CPU."""
+    tensors, table, keep, lengths, layout = case
+    page = lost_page(table, keep, lengths, tensors[0].shape[1 if layout == "NHD" else 2])
+    if page is None:
+        assert_same_bits(compact(target, *case), [expected(tensor, *case[1:]) for tensor in tensors])
+    elif target.device == "cpu":
+        before = [tensor.clone() for tensor in tensors]
+        with pruneops.backend(target.backend), pytest.raises(ValueError) as error:
+            pruneops.paged_kv_compact_(tensors, table, keep, lengths, layout=layout)
+        assert f"{PLACE}, got page {page} at two places" in str(error.value)
+        assert_same_bits(tensors, before)
+
+
+READ_ONLY = """
+import ctypes, mmap, sys
+import torch, pruneops
+memory = mmap.mmap(-1, 5 * mmap.PAGESIZE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+pages = torch.frombuffer(memory, dtype=torch.uint8).view(5, 4, 2, -1)
+pages.copy_(torch.randint(0, 256, pages.shape))
+assert pages.data_ptr() == address
+before, table = pages.clone(), torch.tensor([[2, 0], [2, 4]], dtype=torch.int32)
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+assert protect(ctypes.c_void_p(address + 2 * mmap.PAGESIZE), mmap.PAGESIZE, mmap.PROT_READ) == 0
+with pruneops.backend(sys.argv[1]):
+    pruneops.paged_kv_compact_([pages], table, torch.tensor([[0, 1, 2, 3, 6], [0, 1, 2, 3, 5]]), torch.tensor([5, 5]))
+assert pages[0, 0].equal(before[0, 2]) and pages[4, 0].equal(before[4, 1])
+"""
+
+
+@on(*contract.CPU_TARGETS)
+def test_tokens_that_stay_are_not_written(target):
+    """The shared page lies in memory that cannot be written."""
+    contract.run_python(READ_ONLY, target.backend, TRITON_INTERPRET="1")
 
 
 # Relations between answers
@@ -235,7 +333,7 @@ PAGES, TABLE = torch.zeros(6, 2, 3, 4), torch.tensor([[5, 0], [2, 3]]).int()
 GOOD = {"pages": [PAGES], "block_table": TABLE, "keep": ints([0, 2, 3], [1, 2, 3]), "lengths": ints(3, 2)}
 bad = functools.partial(Bad, "paged_kv_compact_", GOOD)
 RANK = "of rank 4 or 5: [pages, page, Hk, D] or [pages, 2, ...]"
-PLACE = "a page of its own at every place that is moved from or to"
+PLACE = "a page of its own at every place that tokens move to"
 BAD = [
     bad(ValueError, "layout", "'nhd'", "one of ('NHD', 'HND')", layout="nhd"),
     bad(ValueError, "pages", "an empty list", "at least one tensor", pages=[]),
@@ -263,6 +361,15 @@ BAD = [
     bad(ValueError, "block_table", "6 at one place", "in [0, 6)", values=True, block_table=ints([5, 0], [6, 3]).int()),
     bad(ValueError, "block_table", "page 0 at two places", PLACE, values=True, block_table=ints([5, 0], [0, 3]).int()),
     bad(ValueError, "block_table", "page 5 at two places", PLACE, values=True, block_table=ints([5, 5], [2, 3]).int()),
+    bad(  # one request keeps the shared page whole, the other moves tokens in it
+        ValueError, "block_table", "page 1 at two places", PLACE, values=True,
+        block_table=ints([1, 0], [1, 3]).int(), keep=ints([0, 1, 3], [0, 2, 3]),
+    ),
+    bad(  # one head does
+        ValueError, "block_table", "page 4 at two places", PLACE, values=True,
+        block_table=ints([4, 0], [4, 3]).int(), keep=torch.tensor([0, 1, 2]).expand(2, 3, 3).index_put(
+            (torch.tensor(1), torch.tensor(2)), torch.tensor([0, 2, 3])),
+    ),
 ]  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""Every method with images and prompts to prune: those that tests of all methods share."""
+
+import torch
+
+from pruneops.methods import DART, VTW, DivPrune, FasterVLM, FastV, Image, Random, ToDRE, Uniform
+from tests.contract import clustered
+from tests.methods.oracles import prompt
+
+LAYERS = 4  # of the decoder
+
+METHODS = {
+    "dart": DART(keep=0.4, layer=2),
+    "dart, official": DART(keep=0.4, layer=2, compat="official"),
+    "divprune": DivPrune(keep=0.3),
+    "fastervlm": FasterVLM(keep=0.3),
+    "fastv": FastV(keep=0.4, layer=2),
+    "fastv, last row": FastV(keep=0.4, layer=2, rows="last"),
+    "random": Random(keep=0.3),
+    "todre": ToDRE(keep=0.3, depths=()),
+    "todre, pivots by norm": ToDRE(keep=5, pivot="norm", depths=()),
+    "uniform": Uniform(keep=0.3),
+    "vtw": VTW(layer=2),
+}
+STAGE_2 = ToDRE(keep=1.0, depths=(0.5,))
+
+
+def images(sizes, seed=0):
+    """With attention from [CLS]; tokens of one image differ by little from a common vector, as features do."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i, size in enumerate(sizes):
+        x = torch.randn(size, 32, generator=generator) + 2 * torch.randn(1, 32, generator=generator)
+        found.append(Image(x, torch.rand(size, generator=generator), index=i))
+    return found
+
+
+SIZES = {
+    "one": (40,),
+    "alike": (40, 40, 40),
+    "different": (40, 7, 64, 40),
+    "empty ones": (0, 40, 0, 1),
+    "one that loses tokens": (1, 0, 40),
+    "none": (),
+    "nothing but empty ones": (0, 0),
+}
+
+
+def norm(hidden):
+    """A decoder's final norm with a projection after it, so that it rounds where autocast is on."""
+    weight = clustered((hidden.shape[-1], hidden.shape[-1]), seed=5)
+    return torch.nn.functional.rms_norm(hidden @ weight.to(hidden), hidden.shape[-1:])
+
+
+def rows():
+    """{words: Row}"""
+    prompts = {
+        "one image": prompt([40]),
+        "two images": prompt([40, 12], between=3),
+        "an empty image": prompt([0, 40, 0], sizes=[0, 60, 9], between=0),
+        "nothing but empty images": prompt([0, 0], sizes=[4, 0], between=0),
+        "no text": prompt([20, 20], before=0, between=0, after=0),
+        "no text after": prompt([30], after=0),
+        "no image": prompt([]),
+    }
+    return {words: row._replace(norm=norm) for words, row in prompts.items()}

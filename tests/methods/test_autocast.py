@@ -1,0 +1,99 @@
+"""Inside torch.autocast methods choose what they choose outside."""
+
+import inspect
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pruneops import methods
+from pruneops.methods import Image
+from tests.contract import assert_same_bits, clustered
+from tests.methods.cases import LAYERS, METHODS, SIZES, images, rows
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+X, SCORES = images([576])[0][:2]
+PARTS, TEXT = X.split(16), (X[:20] + 1, SCORES[:20])
+QUERY, KEY, GROUP = clustered((4, 50, 16), seed=1), clustered((2, 50, 16), seed=2), torch.arange(50) // 17
+PIVOT, STARTS, PIVOTS = torch.tensor(3), torch.tensor([0, 200, 576]), torch.tensor([5, 300])
+TWO = X.unflatten(0, (2, 288)), SCORES.unflatten(0, (2, 288))
+
+FUNCTIONS = {
+    "cls_attention": lambda: methods.cls_attention(QUERY, KEY, cls=3),
+    "dart_select": lambda: methods.dart_select(X, SCORES, 100, text=TEXT[0], text_norms=TEXT[1]),
+    "divprune_select": lambda: methods.divprune_select(X, 60),
+    "divprune_start": lambda: [methods.divprune_start(x) for x in PARTS],
+    "fastervlm_select": lambda: methods.fastervlm_select(SCORES, 60),
+    "fastv_scores": lambda: methods.fastv_scores(QUERY, KEY),
+    "fastv_select": lambda: methods.fastv_select(SCORES, 60),
+    "mean_attention": lambda: methods.mean_attention(QUERY, KEY),
+    "todre_pivot": lambda: methods.todre_pivot(X),
+    "todre_ratios": lambda: methods.todre_ratios(QUERY, KEY, GROUP),
+    "todre_select": lambda: methods.todre_select(X, 60, pivot=PIVOT),
+    "todre_select_varlen": lambda: methods.todre_select_varlen(X, STARTS, [20, 30], pivots=PIVOTS),
+}
+NO_ARITHMETIC = {"dart_budget", "from_json", "random_select", "uniform_select", "vtw_layer"}
+
+
+class Watch(TorchFunctionMode):
+    """Whether autocast is on when Python calls torch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(torch.is_autocast_enabled("cpu"))
+        return function(*args, **(kwargs or {}))
+
+
+def assert_unmoved(choose):
+    """The same bits, and no arithmetic with autocast on; what is on stays on."""
+    expected = choose()
+    watch = Watch()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(choose(), expected)
+        with watch:
+            choose()
+        assert torch.is_autocast_enabled("cpu")
+    assert watch.seen and not any(watch.seen)
+
+
+def test_every_function_is_called():
+    functions = {name for name in methods.__all__ if inspect.isfunction(getattr(methods, name))}
+    assert functions == FUNCTIONS.keys() | NO_ARITHMETIC
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function):
+    assert_unmoved(FUNCTIONS[function])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images(method):
+    method = METHODS[method]
+    single, batch = Image(X, SCORES), Image(*TWO)
+    requests = [images(sizes) for sizes in SIZES.values()]
+    assert_unmoved(lambda: [method.select(single), method.select(batch), *map(method.select_each, requests)])
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.layers(LAYERS)])
+def test_prompts(method):
+    method, prompts = METHODS[method], rows().values()
+    assert_unmoved(lambda: [kept for row in prompts if (kept := method.at_layer(2, row, LAYERS)) is not None])
+
+
+def test_compile_without_graph_break():
+    torch._dynamo.reset()
+    functions = [FUNCTIONS[name] for name in ("cls_attention", "dart_select", "fastv_scores", "todre_ratios")]
+    for function in functions:
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        expected = function()
+        for device in ("cpu", "cuda"):
+            torch.set_autocast_enabled(device, True)
+        try:
+            found = compiled()
+        finally:
+            for device in ("cpu", "cuda"):
+                torch.set_autocast_enabled(device, False)
+        assert_same_bits(found, expected)
