@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..methods import Image
+from ..methods._base import uploaded
 from ..ops import gather_tokens
 from .transformers.models import (
     MODALITIES,
@@ -86,7 +87,7 @@ def prepare(model, inputs, method):
             chosen = _select(method, features, layout.images)
         for name, out in encoded.items():
             encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
-    index, tokens, _ = keep_tokens(layout.tokens, chosen)
+    index, _, tokens, _ = keep_tokens(layout.tokens, chosen)
     names = [name for name, own in inputs.items() if isinstance(own, torch.Tensor) and own.shape == ids.shape]
     names = [name for name in names if name not in ("attention_mask", "position_ids")]
     tensors = gather_tokens([*(inputs[name] for name in names), positions], index, dim=[-1] * (len(names) + 1))
@@ -100,8 +101,8 @@ def prepare(model, inputs, method):
     if "flash" in attention_implementation(real.get_decoder()):
         inputs["position_ids"] = tensors[-1] - tensors[-1][..., :1]
     else:
-        removed = layout.tokens.flags().sum(1, keepdim=True) - tokens.flags().sum(1, keepdim=True)
-        inputs["position_ids"] = tensors[-1] - removed
+        removed = [sum(before) - sum(after) for before, after in zip(layout.tokens.sizes, tokens.sizes)]
+        inputs["position_ids"] = tensors[-1] - uploaded(torch.tensor(removed)[:, None], ids.device)
     inputs["mm_encoder_outputs"] = encoded
     return inputs
 

@@ -120,7 +120,7 @@ class Prefill(Pass):
         features = {name: out.pooler_output for name, out in self.encoded.items()}
         counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
         self.length = self.left = embeds.shape[1]
-        self.index = self.inside = None  # positions of what is left: in the text, in the decoder's input
+        self.inside = self.source = None  # where in the decoder's input what is left was, and the reverse of the text
         if not any(map(sum, counts.values())):
             return args, kwargs
         visual = visual_tokens(self.model, self.inputs.get("input_ids"), self.inputs.get("inputs_embeds"))
@@ -154,16 +154,16 @@ class Prefill(Pass):
         return chosen
 
     def _prune_input(self, kwargs, chosen):
-        before = self.tokens
-        self.index, self.tokens, ranks = keep_tokens(before, chosen)
-        self.left = self.index.shape[1]
+        before, again = self.tokens, bool(self.method_layers) or self.request.asks_between_steps
+        index, self.source, self.tokens, ranks = keep_tokens(before, chosen, again)
+        self.left = index.shape[1]
         self._record(0)
         positions, embeds = kwargs.get("position_ids"), kwargs["inputs_embeds"]
         if positions is None:
             positions = torch.arange(self.length, device=embeds.device)[None]
-        kwargs["inputs_embeds"], kwargs["position_ids"] = gather([embeds, positions], self.index, [1, -1])
+        kwargs["inputs_embeds"], kwargs["position_ids"] = gather([embeds, positions], index, [1, -1])
         if kwargs.get("visual_pos_masks") is not None:
-            (kwargs["visual_pos_masks"],) = gather([kwargs["visual_pos_masks"]], self.index, [1])
+            (kwargs["visual_pos_masks"],) = gather([kwargs["visual_pos_masks"]], index, [1])
             if self.tokens.valid is not None:
                 kwargs["visual_pos_masks"] = kwargs["visual_pos_masks"] & self.tokens.valid
             kwargs["deepstack_visual_embeds"] = keep_features(kwargs["deepstack_visual_embeds"], before, ranks)
@@ -187,13 +187,13 @@ class Prefill(Pass):
             for i in range(len(self.deepstack)):
                 self.hook(layers[i].register_forward_hook, self._add_deepstack(i))
         # flash attention takes gaps between positions for packed sequences
-        start = 0 if self.flash and self.index is not None else first
+        start = 0 if self.flash and self.source is not None else first
         for i in range(start, len(layers)):
             self.hook(layers[i].register_forward_pre_hook, self._before_layer(i), with_kwargs=True)
         for module in self.captures:
             start_capture(module)
             self.exit.callback(stop_capture, module)
-        if self.index is not None or self.method_layers:
+        if self.source is not None or self.method_layers:
             self.hook(self.decoder.register_forward_hook, self._after_decoder)
 
     def _before_layer(self, i):
@@ -204,7 +204,7 @@ class Prefill(Pass):
                     hidden = self._prune_layer(i, hidden)
             if self.inside is not None:
                 kwargs |= self._of_layer(kwargs, hidden)
-            if self.flash and self.index is not None:
+            if self.flash and self.source is not None:
                 kwargs["position_ids"] = None
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
@@ -215,9 +215,9 @@ class Prefill(Pass):
         ranks, sizes = zip(*(self._choose(i, b, hidden) for b in range(len(hidden))))
         if list(sizes) == before.sizes:
             return hidden
-        index, self.tokens, ranks = keep_ranks(before, ranks, list(sizes))
+        index, source, self.tokens, ranks = keep_ranks(before, ranks, list(sizes), again=True)
         self.left = index.shape[1]
-        self.index = index if self.index is None else self.index.gather(1, index)
+        self.source = source if self.source is None else source.gather(1, self.source)
         self.inside = index if self.inside is None else self.inside.gather(1, index)
         if self.deepstack is not None:
             self.deepstack = keep_features(self.deepstack, before, ranks)
@@ -287,13 +287,9 @@ class Prefill(Pass):
 
         So logits stand where they always do, labels and losses fit, and the token before an answer predicts it.
         """
-        if self.index is None:
+        if self.source is None:
             return None
-        hidden = output[0]
-        index = self.index if self.tokens.valid is None else self.index.where(self.tokens.valid, -1)
-        text = torch.arange(self.length, device=index.device).expand(len(index), -1).contiguous()
-        source = torch.searchsorted(index.contiguous(), text, right=True).sub_(1).clamp_(min=0)
-        (hidden,) = gather([hidden], source.to(hidden.device), [1])
+        (hidden,) = gather([output[0]], self.source, [1])
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden

@@ -51,6 +51,20 @@ class Layout(NamedTuple):
     left_padded: bool = True
 
 
+class Kept(NamedTuple):
+    """What stays of a batch of prompts. Rows that get shorter than others are padded on the left.
+
+    index: int64 [B, S'], positions of the tokens that stay, ascending where they are valid. source: int64 [B, S], of
+    every token that was there the last one up to it that stays, counted from the left of what stays. ranks: of every
+    row, among its visual tokens.
+    """
+
+    index: torch.Tensor
+    source: torch.Tensor
+    tokens: Tokens
+    ranks: list
+
+
 def token_layout(kind, ids, visual, counts, mask=None, read=False):
     """The layout of a batch of prompts.
 
@@ -88,7 +102,7 @@ def token_layout(kind, ids, visual, counts, mask=None, read=False):
         valid, padding_unknown = None if mask is None or min(lengths) == S else mask.bool(), False
     sizes = [[size for *_, size in row] for row in images]
     flat = either.flatten().nonzero_static(size=sum(map(sum, sizes)))[:, 0]
-    places = [own - b * S for b, own in enumerate(flat.split([sum(row) for row in sizes]))]
+    places = [own - b * S if b else own for b, own in enumerate(flat.split([sum(row) for row in sizes]))]
     text = ~either if valid is None or padding_unknown else valid & ~either
     return Layout(Tokens(text, places, sizes, lengths, valid, padding_unknown), images, left_padded)
 
@@ -174,7 +188,7 @@ def features_of(encoded, first, size):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def keep_tokens(tokens, chosen):
+def keep_tokens(tokens, chosen, again=False):
     """Drop visual tokens but the chosen ones, and padding.
 
     Parameters
@@ -182,31 +196,22 @@ def keep_tokens(tokens, chosen):
     tokens : Tokens
     chosen : list of lists of Tensor [k], int64
         For every row and image, ascending ranks within the image.
+    again : bool
+        Whether more may be dropped afterwards, so that `Kept.tokens` must say where what is left stands.
 
     Returns
     -------
-    tuple
-        See `keep_ranks`.
+    Kept
     """
     ranks = []
     for row, images, places in zip(chosen, tokens.images, tokens.places):
-        own = [rank.to(places.device) + first for rank, (first, _) in zip(row, images)]
-        ranks.append(torch.cat(own) if own else places)
-    return keep_ranks(tokens, ranks, [[len(rank) for rank in row] for row in chosen])
+        own = [rank.to(places.device) + first if first else rank for rank, (first, _) in zip(row, images)]
+        ranks.append(torch.cat(own) if len(own) > 1 else own[0] if own else places)
+    return keep_ranks(tokens, ranks, [[len(rank) for rank in row] for row in chosen], again)
 
 
-def keep_ranks(tokens, ranks, sizes):
-    """The same for ranks [k] among all visual tokens of a row, so many of each image.
-
-    Returns
-    -------
-    index : Tensor [B, S'], int64
-        Positions of the tokens that stay, ascending where they are valid. A row that gets shorter than others is padded
-        on the left.
-    left : Tokens
-    ranks : list of Tensor [k], int64
-        Those of every row.
-    """
+def keep_ranks(tokens, ranks, sizes, again=False):
+    """The same for ranks [k] among all visual tokens of a row, so many of each image."""
     stays, kept = tokens.text.clone(), []
     for row, places, own in zip(stays, tokens.places, ranks):
         kept.append(places.index_select(0, own.to(places.device)))
@@ -218,14 +223,18 @@ def keep_ranks(tokens, ranks, sizes):
         )
     longest = max(lengths, default=0)
     index = stays.byte().argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
-    order = stays.cumsum(1) - 1
-    places = [row[own] + longest - length for row, own, length in zip(order, kept, lengths)]
+    source = stays.cumsum(1).sub_(1)
+    for row, length in zip(source, lengths):
+        if length < longest:
+            row += longest - length
     if tokens.padding_unknown:
         valid = tokens.valid.gather(1, index)
     else:
         valid = None if min(lengths, default=0) == longest else stays.gather(1, index)
-    left = Tokens(tokens.text.gather(1, index), places, sizes, lengths, valid, tokens.padding_unknown)
-    return index, left, ranks
+    text = tokens.text.gather(1, index) if again else None
+    places = [row.index_select(0, own) for row, own in zip(source, kept)] if again else None
+    left = Tokens(text, places, sizes, lengths, valid, tokens.padding_unknown)
+    return Kept(index, source.clamp_(min=0), left, ranks)
 
 
 def spans_from_counts(counts):
