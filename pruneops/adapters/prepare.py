@@ -19,7 +19,7 @@ from .transformers.models import (
     visual_tokens,
 )
 from .transformers.token_layout import features_of, keep_tokens, token_layout
-from .transformers.vision import encode, image_fields
+from .transformers.vision import check_cls_attention, encode, image_fields
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -68,6 +68,7 @@ def prepare(model, inputs, method):
         raise UnsupportedError("pruneops.prepare needs transformers 5.18 or later; use pruneops.patch")
     if not method.after_projector:
         raise UnsupportedError(f"pruneops.prepare: {method} does not prune after the projector; use pruneops.patch")
+    check_cls_attention(base, method)
     inputs = dict(inputs)
     present = [name for name in MODALITIES if inputs.get(PIXELS[name]) is not None]
     if not present:

@@ -93,7 +93,12 @@ class Method:
 
     @property
     def reads(self):
-        """What `select` reads of an Image besides features: a frozenset of "cls_attention" or nothing."""
+        """What `select` reads of an Image besides features, if it is there: a frozenset of "cls_attention" or nothing."""
+        return self.requires
+
+    @property
+    def requires(self):
+        """What it cannot do without."""
         return frozenset()
 
     @property

@@ -34,7 +34,7 @@ class FasterVLM(Budgeted):
         return True
 
     @property
-    def reads(self):
+    def requires(self):
         return frozenset({"cls_attention"})
 
     def _select(self, image, k):

@@ -77,6 +77,10 @@ class ToDRE(Budgeted):
         return frozenset(() if self.pivot == "norm" else {"cls_attention"})
 
     @property
+    def requires(self):
+        return frozenset({"cls_attention"} if self.pivot == "attention" and self.after_projector else ())
+
+    @property
     def needs(self):
         return frozenset({"query", "key"} if self.depths else ())
 

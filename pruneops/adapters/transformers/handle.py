@@ -70,7 +70,6 @@ class Handle:
         self._overrides = [PatchedForward(base, "forward", self)]
         self._overrides += [PatchedEncoder(base, name, self) for name in names]
         real._pruneops = self
-        forget_compiled(model)
 
     def __enter__(self):
         return self
@@ -84,7 +83,6 @@ class Handle:
             override.remove()
         if getattr(self._real, "_pruneops", None) is self:
             del self._real._pruneops
-            forget_compiled(self.model)
 
     def disabled(self):
         """Requests that begin inside are not pruned: those of this thread or task, not of threads started inside."""
@@ -184,13 +182,6 @@ class PatchedEncoder(Override):
         if method is None:
             return self.inner(*args, **kwargs)
         encoded = encode(self.module, self.inner, self.arguments(args, kwargs), method)
-        if hasattr(ACTIVE.get(), "saw"):
-            ACTIVE.get().saw(self.name.split("_")[1], encoded)
+        if getattr(ACTIVE.get(), "model", None) is self.module:
+            ACTIVE.get().encoded[self.name.split("_")[1]] = encoded
         return encoded
-
-
-def forget_compiled(model):
-    """Code that was compiled before does not notice that a model was patched, or is no longer."""
-    compiled = (hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
-    if any(compiled):
-        torch.compiler.reset()

@@ -12,7 +12,7 @@ from .models import MODALITIES, UnsupportedError, layout_kind, visual_tokens
 from .passes import Pass, additive_mask, check_mask, gather
 from .query_capture import check_capturable, start_capture, stop_capture
 from .token_layout import features_of, keep_ranks, keep_tokens, spans_from_counts, token_layout
-from .vision import image_fields
+from .vision import check_cls_attention, image_fields
 
 
 def brings_images(inputs):
@@ -57,6 +57,7 @@ class Prefill(Pass):
     def _check(self):
         """Refuse what cannot be pruned, before anything is computed or changed."""
         check_mask(self.inputs.get("attention_mask"))
+        check_cls_attention(self.model, self.method)
         if self.attention.startswith("paged"):
             raise UnsupportedError("pruneops: continuous batching cannot be pruned; use generate")
         if "flex" in self.attention:
@@ -109,10 +110,6 @@ class Prefill(Pass):
     def has_work(self):
         return True
 
-    def saw(self, modality, encoded):
-        """The encoder ran within the pass."""
-        self.encoded[modality] = encoded
-
     # In the decoder
 
     def before_decoder(self, decoder, args, kwargs):
@@ -130,12 +127,11 @@ class Prefill(Pass):
         self.request.stats.images = self.sizes
         self.request.after = self.length, [places[-1:] for places in self.tokens.places]
         self._record(0)
-        chosen = every_token(self.tokens)
         with self._timed():
-            if self.method.after_projector:
-                chosen = self._select(features, layout.images)
-            if not layout.left_padded or sizes_of(chosen) != self.sizes:
-                self._prune_input(kwargs, chosen)
+            after_projector = self.method.after_projector
+            chosen = self._select(features, layout.images) if after_projector else None
+            if not layout.left_padded or (chosen is not None and sizes_of(chosen) != self.sizes):
+                self._prune_input(kwargs, every_token(self.tokens) if chosen is None else chosen)
         self.entry_valid = self.tokens.valid
         self._set_layers(0)
         self._hook_layers(kwargs)

@@ -6,12 +6,17 @@ from contextvars import ContextVar
 import torch
 
 from ...methods import cls_attention
+from .models import UnsupportedError
 
 CAPTURED = ContextVar("pruneops_vision_capture", default=())  # dictionaries that projections are put into
 
 
-def reads_cls_attention(method):
-    return method.after_projector and "cls_attention" in getattr(method, "reads", ())
+def check_cls_attention(model, method):
+    if "cls_attention" in getattr(method, "requires", ()) and _last_attention(model) is None:
+        raise UnsupportedError(
+            f"pruneops: {method} chooses by cls_attention, and the vision tower of a {model.config.model_type} has no "
+            "[CLS] that pruneops knows of; use another method, such as ToDRE or DivPrune"
+        )
 
 
 def encode(model, encoder, arguments, method):
@@ -25,7 +30,8 @@ def encode(model, encoder, arguments, method):
     method : Method
         Says whether [CLS] attention is read.
     """
-    if not reads_cls_attention(method) or (tower := _last_attention(model)) is None:
+    reads = method.after_projector and "cls_attention" in getattr(method, "reads", ())
+    if not reads or (tower := _last_attention(model)) is None:
         return encoder(**arguments)
     with _capture(tower) as captured:
         encoded = encoder(**arguments)
