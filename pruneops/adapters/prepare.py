@@ -16,6 +16,7 @@ from .transformers.models import (
     attention_implementation,
     find_model,
     layout_kind,
+    tile_tokens,
     visual_tokens,
 )
 from .transformers.token_layout import features_of, keep_tokens, token_layout
@@ -76,19 +77,21 @@ def prepare(model, inputs, method):
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise UnsupportedError("pruneops.prepare: inputs_embeds cannot be shortened; give input_ids")
-    positions = inputs.get("position_ids")
-    if positions is None:
-        positions = real._prepare_position_ids_for_generation(ids, dict(inputs))
+    given = dict(inputs)
     with torch.set_grad_enabled(torch.is_grad_enabled() and real.training):
         encoded = _encode(base, inputs, present, method)
         features = {name: out.pooler_output for name, out in encoded.items()}
         counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
-        layout = token_layout(layout_kind(real), ids, visual_tokens(real, ids), counts, mask)
+        tile = tile_tokens(real, counts)
+        layout = token_layout(layout_kind(real), ids, visual_tokens(real, ids), counts, mask, tile)
         with torch.no_grad():
             chosen = _select(method, features, layout.images)
         for name, out in encoded.items():
             encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
     index, _, tokens, _ = keep_tokens(layout.tokens, chosen)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = real._prepare_position_ids_for_generation(ids, given)
     names = [name for name, own in inputs.items() if isinstance(own, torch.Tensor) and own.shape == ids.shape]
     names = [name for name in names if name not in ("attention_mask", "position_ids")]
     tensors = gather_tokens([*(inputs[name] for name in names), positions], index, dim=[-1] * (len(names) + 1))

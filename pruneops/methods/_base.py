@@ -93,7 +93,7 @@ class Method:
 
     @property
     def reads(self):
-        """What `select` reads of an Image besides features, if it is there: a frozenset of "cls_attention" or nothing."""
+        """What `select` reads of an Image beside features, where it is there: frozenset({"cls_attention"}) or empty."""
         return self.requires
 
     @property

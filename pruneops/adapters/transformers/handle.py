@@ -14,9 +14,10 @@ from .cache import ACTIVE, request_of
 from .models import MODALITIES, UnsupportedError, find_model
 from .passes import Continuation
 from .prefill import Prefill, brings_images
-from .vision import encode
+from .vision import as_merged, encode
 
 RECORDS = 16  # requests whose statistics a handle holds
+ENCODING = ContextVar("pruneops_encoding", default=False)
 SETTINGS = ContextVar("pruneops_settings", default=())  # (handle, method or None) of the `with` blocks around
 
 
@@ -179,9 +180,14 @@ class PatchedEncoder(Override):
     @torch.compiler.disable
     def __call__(self, *args, **kwargs):
         method = self.handle and self.handle.current_method()
-        if method is None:
+        if method is None or ENCODING.get():  # Qwen3-VL encodes videos as images
             return self.inner(*args, **kwargs)
-        encoded = encode(self.module, self.inner, self.arguments(args, kwargs), method)
+        token, arguments = ENCODING.set(True), self.arguments(args, kwargs)
+        try:
+            encoded = encode(self.module, self.inner, arguments, method)
+        finally:
+            ENCODING.reset(token)
         if getattr(ACTIVE.get(), "model", None) is self.module:
-            ACTIVE.get().encoded[self.name.split("_")[1]] = encoded
+            modality = self.name.split("_")[1]
+            ACTIVE.get().encoded[modality] = as_merged(self.module, modality, arguments, encoded)
         return encoded

@@ -57,6 +57,14 @@ def layout_kind(model):
     return FAMILIES[model.config.model_type]
 
 
+def tile_tokens(model, counts):
+    """Tokens of a tile, where the encoder's outputs are tiles."""
+    kind, vision = layout_kind(model), getattr(model.config, "vision_config", None)
+    if kind == "run":
+        return next((own[0] for own in counts.values() if own), None)
+    return (vision.image_size // vision.patch_size) ** 2 // model.config.scale_factor**2 if kind == "tiles" else None
+
+
 def visual_tokens(model, ids, embeds=None):
     """{modality: bool [B, S]}: which tokens stand for images, and which for videos.
 

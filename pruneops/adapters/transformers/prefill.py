@@ -8,7 +8,7 @@ import torch
 from ...methods import Image, Row
 from ...methods._base import Budgeted
 from .cache import PrunedLayer, Request, kv_bytes, prunable_cache
-from .models import MODALITIES, UnsupportedError, layout_kind, visual_tokens
+from .models import MODALITIES, UnsupportedError, layout_kind, tile_tokens, visual_tokens
 from .passes import Pass, additive_mask, check_mask, gather
 from .query_capture import check_capturable, start_capture, stop_capture
 from .token_layout import features_of, keep_ranks, keep_tokens, spans_from_counts, token_layout
@@ -122,7 +122,8 @@ class Prefill(Pass):
             return args, kwargs
         visual = visual_tokens(self.model, self.inputs.get("input_ids"), self.inputs.get("inputs_embeds"))
         read = bool(self.method_layers) or self.request.asks_between_steps
-        layout = token_layout(layout_kind(self.model), self.inputs.get("input_ids"), visual, counts, mask, read)
+        ids, tile = self.inputs.get("input_ids"), tile_tokens(self.model, counts)
+        layout = token_layout(layout_kind(self.model), ids, visual, counts, mask, tile, read)
         self.tokens, self.sizes = layout.tokens, layout.tokens.sizes
         self.request.stats.images = self.sizes
         self.request.after = self.length, [places[-1:] for places in self.tokens.places]

@@ -65,7 +65,7 @@ class Kept(NamedTuple):
     ranks: list
 
 
-def token_layout(kind, ids, visual, counts, mask=None, read=False):
+def token_layout(kind, ids, visual, counts, mask=None, tile=None, read=False):
     """The layout of a batch of prompts.
 
     Parameters
@@ -80,25 +80,31 @@ def token_layout(kind, ids, visual, counts, mask=None, read=False):
         Of each modality a list: tokens of each of the encoder's tensors.
     mask : Tensor [B, S], optional
         0 for padding.
+    tile : int, optional
+        Tokens of a tile, for kinds "run" and "tiles".
     read : bool
         Whether the padding must be known. Without, that of a single prompt is carried along as text.
 
     Raises
     ------
     ValueError
-        If the prompts have not as many visual tokens as the encoder gave.
+        If the prompts have not as many visual tokens as the encoder gave. For a single prompt on a device, where
+        reading waits for it, the model itself will say so.
+    UnsupportedError
+        If the mask hides visual tokens; not looked at for a single prompt on a device.
     """
     counts = {name: list(filter(None, own)) for name, own in counts.items() if sum(own)}
     names = list(counts)
     either = torch.stack([visual[name] for name in names]).any(0) if len(names) > 1 else visual[names[0]]
     B, S = either.shape
-    told = len(names) == 1 and (kind == "image" or len(counts[names[0]]) == 1)
+    told = len(names) == 1 and (kind == "image" or sum(counts[names[0]]) == tile)
     if B == 1 and told and not (read and mask is not None):
         valid, left_padded = None if mask is None else mask.bool(), True
         images, lengths, padding_unknown = [spans_of_sizes(names[0], counts[names[0]])], [S], mask is not None
-        _check(either, counts)
+        if either.device.type == "cpu":  # nothing waits there
+            _check(either.numpy(), either.numpy() if mask is None else mask.numpy(), counts)
     else:
-        images, lengths, left_padded = _read(kind, ids, {name: visual[name] for name in names}, counts, mask)
+        images, lengths, left_padded = _read(kind, ids, {name: visual[name] for name in names}, counts, mask, tile)
         valid, padding_unknown = None if mask is None or min(lengths) == S else mask.bool(), False
     sizes = [[size for *_, size in row] for row in images]
     flat = either.flatten().nonzero_static(size=sum(map(sum, sizes)))[:, 0]
@@ -107,21 +113,18 @@ def token_layout(kind, ids, visual, counts, mask=None, read=False):
     return Layout(Tokens(text, places, sizes, lengths, valid, padding_unknown), images, left_padded)
 
 
-def _read(kind, ids, visual, counts, mask):
+def _read(kind, ids, visual, counts, mask, tile):
     """(images, lengths, left_padded) of every row, from one copy to the host."""
     codes = sum(i * flags.long() for i, flags in enumerate(visual.values(), 1))
     if ids is None and kind == "tiles":
         raise UnsupportedError("pruneops: tiles are told apart by the tokens between them; give input_ids")
     rows = torch.stack([codes, codes if ids is None else ids, torch.ones_like(codes) if mask is None else mask.long()])
     rows = rows.cpu().numpy()
-    if (rows[0] > 0).sum() != sum(map(sum, counts.values())):
-        raise _mismatch(int((rows[0] > 0).sum()), counts)
+    _check(rows[0], rows[2], counts)
     names, queues = list(visual), {name: spans_of_sizes(name, own) for name, own in counts.items()}
     images, starts = [], dict.fromkeys(names, 0)
-    for codes, words, valid in rows.swapaxes(0, 1):
+    for codes, words in rows[:2].swapaxes(0, 1):
         places, own = codes.nonzero()[0], []
-        if not valid[places].all():
-            raise UnsupportedError("pruneops: the attention mask hides tokens of an image; leave that image out")
         while sum(size for *_, size in own) < len(places):
             rest = places[sum(size for *_, size in own) :]
             name = names[codes[rest[0]] - 1]
@@ -129,8 +132,12 @@ def _read(kind, ids, visual, counts, mask):
                 size = queues[name].pop(0)[2] if queues[name] else 0
             else:
                 size = run_length(rest) if kind == "run" else tiles_length(rest, words)
-            if not size or len(rest) < size or (codes[rest[:size]] != codes[rest[0]]).any():
-                raise _mismatch(len(places), counts)
+            whole = size and size <= len(rest) and (kind == "image" or size % tile == 0)
+            if not whole or (codes[rest[:size]] != codes[rest[0]]).any():
+                raise ValueError(
+                    f"pruneops: the {len(places)} image tokens of prompt {len(images)} are not those of whole images; "
+                    f"the encoder gave {counts}"
+                )
             own.append((name, starts[name], size))
             starts[name] += size
         images.append(own)
@@ -163,16 +170,13 @@ def tiles_length(places, words):
             return size
 
 
-def _check(visual, counts):
-    """As for index values: always on a CPU; on a device, where reading waits for it, the model itself will say."""
-    if visual.device.type == "cpu" and (found := int(visual.numpy().sum())) != sum(map(sum, counts.values())):
-        raise _mismatch(found, counts)
-
-
-def _mismatch(found, counts):
-    return ValueError(
-        f"pruneops: {found} image tokens in the prompts for {sum(map(sum, counts.values()))} image features"
-    )
+def _check(visual, valid, counts):
+    """Arrays [B, S]."""
+    found, features = int((visual != 0).sum()), sum(map(sum, counts.values()))
+    if found != features:
+        raise ValueError(f"pruneops: {found} image tokens in the prompts for {features} image features")
+    if not valid[visual != 0].all():
+        raise UnsupportedError("pruneops: the attention mask hides tokens of an image; leave that image out")
 
 
 def features_of(encoded, first, size):

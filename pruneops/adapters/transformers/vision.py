@@ -2,6 +2,7 @@
 
 import contextlib
 from contextvars import ContextVar
+from types import SimpleNamespace
 
 import torch
 
@@ -44,6 +45,20 @@ def encode(model, encoder, arguments, method):
         for own, count in zip(features, _tiles(model, arguments, len(features))):
             first, *_ = (next(tiles) for _ in range(count))
             own._pruneops_fields = _fields(model, first, len(own))
+    return encoded
+
+
+def as_merged(model, modality, arguments, encoded):
+    """The encoder's outputs as they will stand in the prompt: LLaVA-OneVision ends a video with a newline, which before
+    some release was not the encoder's."""
+    if model.config.model_type != "llava_onevision" or modality != "video":
+        return encoded
+    videos = next(arguments[name] for name in ("pixel_values_videos", "pixel_values") if name in arguments)
+    side = -(model.config.vision_config.image_size // model.config.vision_config.patch_size // -2)
+    features = encoded.pooler_output
+    if features.shape[1] == videos.shape[1] * side**2:
+        newline = model.image_newline.expand(len(features), 1, -1)
+        return SimpleNamespace(pooler_output=torch.cat([features, newline.to(features)], 1))
     return encoded
 
 
