@@ -18,6 +18,7 @@ from .vision import as_merged, encode
 
 RECORDS = 16  # requests whose statistics a handle holds
 ENCODING = ContextVar("pruneops_encoding", default=False)
+ENTERED = ContextVar("pruneops_entered", default=None)  # id of the handle whose `forward` was called last
 SETTINGS = ContextVar("pruneops_settings", default=())  # (handle, method or None) of the `with` blocks around
 
 
@@ -51,11 +52,11 @@ def patch(model, method):
     real = find_model("pruneops.patch", model)
     if getattr(real, "_pruneops", None) is not None or is_patched(real.base_model):
         raise UnsupportedError("pruneops.patch: this model is patched already; call remove() of its handle first")
-    return Handle(model, real, method)
+    return Handle(real, method)
 
 
 class Handle:
-    """A patched model. `method` may be exchanged between requests.
+    """A patched model, without its wrappers. `method` may be exchanged between requests.
 
     `stats` has a `Stats` for each of the last 16 requests. `clock` measures selection: the host's seconds unless it is
     replaced by one that awaits the device.
@@ -63,14 +64,14 @@ class Handle:
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, model, real, method):
+    def __init__(self, model, method):
         self.model, self.method, self.stats = model, method, collections.deque(maxlen=RECORDS)
-        self._warned = False
-        self.decoder, self._real, base = real.get_decoder(), real, real.base_model
+        self.decoder, base, self._warned = model.get_decoder(), model.base_model, False
         names = [f"get_{name}_features" for name in MODALITIES if hasattr(base, f"get_{name}_features")]
         self._overrides = [PatchedForward(base, "forward", self)]
         self._overrides += [PatchedEncoder(base, name, self) for name in names]
-        real._pruneops = self
+        self._check = base.register_forward_hook(self._expect_entered, with_kwargs=True)
+        model._pruneops = self
 
     def __enter__(self):
         return self
@@ -82,8 +83,9 @@ class Handle:
         """Make the model what it was."""
         for override in self._overrides:
             override.remove()
-        if getattr(self._real, "_pruneops", None) is self:
-            del self._real._pruneops
+        self._check.remove()
+        if getattr(self.model, "_pruneops", None) is self:
+            del self.model._pruneops
 
     def disabled(self):
         """Requests that begin inside are not pruned: those of this thread or task, not of threads started inside."""
@@ -103,6 +105,13 @@ class Handle:
             yield self
         finally:
             SETTINGS.reset(token)
+
+    def _expect_entered(self, module, args, kwargs, output):
+        """After a pass of the base model: somebody may have taken our `forward` away, with an override of their own."""
+        entered = ENTERED.get() == id(self)
+        ENTERED.set(None)
+        if not entered and self.current_method() is not None and brings_images(kwargs):
+            self.warn_unpruned("the forward of the base model was replaced; call remove() and patch() again")
 
     def warn_unpruned(self, reason):
         if not self._warned:
@@ -160,7 +169,18 @@ def run_pass(handle, model, forward, inputs):
         return Prefill(handle, model, method, inputs).run(forward)
     if request is not None and not request.is_plain():
         return Continuation(handle, request, inputs).run(forward)
-    return forward(**inputs)
+    return run_unpruned(forward, inputs)
+
+
+def run_unpruned(forward, inputs):
+    """Out of the pass that this one may be nested in, whose hooks are on the same layers."""
+    if ACTIVE.get() is None:
+        return forward(**inputs)
+    token = ACTIVE.set(None)
+    try:
+        return forward(**inputs)
+    finally:
+        ACTIVE.reset(token)
 
 
 class PatchedForward(Override):
@@ -168,6 +188,7 @@ class PatchedForward(Override):
     def __call__(self, *args, **kwargs):
         if self.handle is None:
             return self.inner(*args, **kwargs)
+        ENTERED.set(id(self.handle))
         return run_pass(self.handle, self.module, self.inner, self.arguments(args, kwargs))
 
 

@@ -270,11 +270,9 @@ class Prefill(Pass):
 
         def hook(module, args, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            rows = self.deepstack[i].split([len(own) for own in self.tokens.places])
-            more = torch.zeros_like(hidden)
-            for row, places, own in zip(more, self.tokens.places, rows):
-                row.index_copy_(0, places.to(row.device), own.to(row))
-            hidden = hidden + more
+            places = torch.cat([own + b * hidden.shape[1] for b, own in enumerate(self.tokens.places)])
+            more = self.deepstack[i].to(hidden)
+            hidden = hidden.flatten(0, 1).index_add(0, places.to(hidden.device), more).view_as(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

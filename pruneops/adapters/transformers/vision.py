@@ -8,6 +8,7 @@ import torch
 
 from ...methods import cls_attention
 from .models import UnsupportedError
+from .token_layout import spans_from_counts
 
 CAPTURED = ContextVar("pruneops_vision_capture", default=())  # dictionaries that projections are put into
 
@@ -41,10 +42,11 @@ def encode(model, encoder, arguments, method):
         heads = model.config.vision_config.num_attention_heads
         query, key = (captured[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj"))
         with torch.no_grad():
-            tiles = iter(cls_attention(query, key))  # [n] each
-        for own, count in zip(features, _tiles(model, arguments, len(features))):
-            first, *_ = (next(tiles) for _ in range(count))
-            own._pruneops_fields = _fields(model, first, len(own))
+            attention = cls_attention(query, key)  # [tiles, n]
+        counts = _tiles(model, arguments, len(features))
+        if sum(counts) == len(attention):
+            for own, (first, _) in zip(features, spans_from_counts(counts)):
+                own._pruneops_fields = _fields(model, attention[first], len(own))
     return encoded
 
 
