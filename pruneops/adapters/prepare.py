@@ -44,8 +44,8 @@ def prepare(model, inputs, method):
     Returns
     -------
     dict
-        input_ids, attention_mask, position_ids and mm_encoder_outputs in place of pixels, and whatever else `inputs`
-        held.
+        input_ids, attention_mask, position_ids, mm_encoder_outputs in place of pixels, use_cache=True, and whatever else
+        `inputs` held.
 
     Raises
     ------
@@ -70,6 +70,8 @@ def prepare(model, inputs, method):
     if not method.after_projector:
         raise UnsupportedError(f"pruneops.prepare: {method} does not prune after the projector; use pruneops.patch")
     check_cls_attention(base, method)
+    if inputs.get("use_cache") is False:
+        raise UnsupportedError("pruneops.prepare: use_cache=False cannot be pruned so; use pruneops.patch, or a cache")
     inputs = dict(inputs)
     present = [name for name in MODALITIES if inputs.get(PIXELS[name]) is not None]
     if not present:
@@ -107,7 +109,8 @@ def prepare(model, inputs, method):
     else:
         removed = [sum(before) - sum(after) for before, after in zip(layout.tokens.sizes, tokens.sizes)]
         inputs["position_ids"] = tensors[-1] - uploaded(torch.tensor(removed)[:, None], ids.device)
-    inputs["mm_encoder_outputs"] = encoded
+    # without a cache and a mask, gaps between positions would pass for packed sequences
+    inputs["mm_encoder_outputs"], inputs["use_cache"] = encoded, True
     return inputs
 
 

@@ -77,6 +77,10 @@ def test_refusals():
         prepare(model, inputs, methods.FastV(keep=0.5))
     with pytest.raises(ValueError, match="15 image tokens in the prompts for 16 image features"):
         prepare(model, inputs | {"input_ids": inputs["input_ids"].index_fill(1, torch.tensor([3]), 5)}, METHOD)
+    with pytest.raises(UnsupportedError, match="use_cache=False"):
+        prepare(model, inputs | {"use_cache": False}, METHOD)
+    with pytest.raises(TypeError, match="use_cache"):
+        generate(model, prepare(model, inputs, METHOD), use_cache=False)
     text = prompts(image, [[4]])
     assert prepare(model, text, METHOD).keys() == text.keys()
 
@@ -86,6 +90,16 @@ def test_older_transformers():
     model, image = model_of("llava")
     with pytest.raises(UnsupportedError, match=r"needs transformers 5\.18 or later; use pruneops\.patch"):
         prepare(model, prompts(image, TEXTS["one"]), METHOD)
+
+
+def test_imports_no_hooks():
+    code = """
+import sys
+import pruneops.adapters.prepare
+rooms = "handle", "passes", "prefill", "cache", "query_capture"
+print([room for room in rooms if f"pruneops.adapters.transformers.{room}" in sys.modules])
+"""
+    assert run_python(code) == "[]\n"
 
 
 def test_without_transformers():
