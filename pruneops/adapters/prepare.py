@@ -44,8 +44,8 @@ def prepare(model, inputs, method):
     Returns
     -------
     dict
-        input_ids, attention_mask, position_ids, mm_encoder_outputs in place of pixels, use_cache=True, and whatever else
-        `inputs` held.
+        input_ids, attention_mask, position_ids, mm_encoder_outputs in place of pixels, use_cache=True, and whatever
+        else `inputs` held.
 
     Raises
     ------

@@ -367,6 +367,29 @@ def test_own_forward_loop():
     torch.testing.assert_close(torch.stack(logits), truth, rtol=0, atol=1e-5 * float(truth.abs().max().clamp(min=1)))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_get_shorter_than_others(method, attention):
+    """Prompts of one length, and no mask ever: one loses tokens and the other has none to lose."""
+    model, image = model_of("llava", attention)
+    both, method = prompts(image, [[3, "image", 5], [24]]), METHODS[method]
+    assert both["attention_mask"].all()
+    both = {name: both[name] for name in ("input_ids", "pixel_values")}
+    one, other = both | {"input_ids": both["input_ids"][:1]}, {"input_ids": both["input_ids"][1:]}
+
+    def steps(inputs):
+        out = model(**inputs)
+        logits, cache = [out.logits[:, -1]], out.past_key_values
+        for _ in range(3):
+            out = model(input_ids=torch.full((len(logits[0]), 1), 7), past_key_values=cache)
+            logits.append(out.logits[:, -1])
+        return torch.stack(logits, 1)
+
+    with torch.no_grad(), patch(model, method):
+        got, want = steps(both), torch.cat([steps(one), steps(other)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max().clamp(min=1)))
+
+
 def test_continuous_batching_is_refused():
     model, image = model_of("llava")
     model.config.text_config._attn_implementation = "paged|sdpa"

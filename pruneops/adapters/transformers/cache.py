@@ -96,11 +96,13 @@ class Request:
     """What one prompt, and what is generated from it, knows about itself.
 
     needs_masks: whether later passes need masks that the model would not make: rows are padded, or layers differ in
-    length. unread: flags of padding that the first pass had no need to read.
+    length. unread: flags of padding that the first pass had no need to read. maybe_padded: a later pass brought several
+    tokens and a mask.
     """
 
     def __init__(self, method, layers):
         self.method, self.step, self.needs_masks, self.unread = method, 0, False, None
+        self.maybe_padded = False
         self.after = 0, []  # tokens of the prompt, and positions of the last visual ones
         self.asks_between_steps = getattr(method, "at_step", None) is not None
         self.stats = Stats([], [[]] * layers, [0] * layers)

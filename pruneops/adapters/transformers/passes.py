@@ -49,12 +49,14 @@ class Continuation(Pass):
         request.step += 1
 
     def has_work(self):
-        """Unless no layer needs a mask: sdpa needs none for one new token, flash attention never, without padding."""
-        ids = self.inputs.get("input_ids")
+        """Unless no layer needs a mask: sdpa needs none for one new token, flash attention never, without padding.
+
+        One new token is none of padding, so a mask can tell of it only once a later turn has brought several.
+        """
+        ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
         new = (self.inputs["inputs_embeds"] if ids is None else ids).shape[1]
-        self.needless = self.inputs.get("attention_mask") is None and (
-            self.flash or (self.attention == "sdpa" and new == 1)
-        )
+        self.request.maybe_padded |= mask is not None and new > 1
+        self.needless = not self.request.maybe_padded and (self.flash or (self.attention == "sdpa" and new == 1))
         padded = any(layer.valid is not None for layer in self.layers)
         return padded or not self.needless or self.request.asks_between_steps
 
@@ -65,8 +67,9 @@ class Continuation(Pass):
         if first.valid is not None:
             flags = self._flags(first, kwargs["inputs_embeds"])
             kwargs["attention_mask"] = torch.nn.functional.pad(flags, (first.removed, 0))
+        needless = self.needless and first.valid is None
         for module, layer in zip(decoder.layers, self.layers):
-            if layer.group != first.group and not (self.needless and layer.valid is None):
+            if layer.group != first.group and not (needless and layer.valid is None):
                 self.hook(module.register_forward_pre_hook, self._before_layer(layer), with_kwargs=True)
         return args, kwargs
 
