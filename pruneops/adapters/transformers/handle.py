@@ -17,6 +17,7 @@ from .prefill import Prefill, brings_images
 from .vision import as_merged, encode
 
 RECORDS = 16  # requests whose statistics a handle holds
+EAGER = "pruneops prunes in eager mode: compile without fullgraph, or use pruneops.prepare"
 ENCODING = ContextVar("pruneops_encoding", default=False)
 ENTERED = ContextVar("pruneops_entered", default=None)  # id of the handle whose `forward` was called last
 SETTINGS = ContextVar("pruneops_settings", default=())  # (handle, method or None) of the `with` blocks around
@@ -184,7 +185,7 @@ def run_unpruned(forward, inputs):
 
 
 class PatchedForward(Override):
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=EAGER)
     def __call__(self, *args, **kwargs):
         if self.handle is None:
             return self.inner(*args, **kwargs)
@@ -198,7 +199,7 @@ def is_patched(base):
 
 
 class PatchedEncoder(Override):
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=EAGER)
     def __call__(self, *args, **kwargs):
         method = self.handle and self.handle.current_method()
         if method is None or ENCODING.get():  # Qwen3-VL encodes videos as images
