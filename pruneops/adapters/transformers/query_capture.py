@@ -48,9 +48,14 @@ def attention_with_capture(copy, query, key, *args, **kwargs):
     """The module's own attention function, after a look at the queries and keys."""
     module, layer = copy._pruneops_captured
     ACTIVE.get().captured[layer] = query.detach(), key.detach()
-    eager = getattr(inspect.getmodule(type(module)), "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation, eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation, eager_attention(type(module)))
     return attend(module, query, key, *args, **kwargs)
+
+
+def eager_attention(cls):
+    """What a modeling file calls where no function is registered; a class may derive from that file's (FSDP2's do)."""
+    own = (getattr(inspect.getmodule(base), "eager_attention_forward", None) for base in cls.__mro__)
+    return next(filter(None, own), None)
 
 
 def check_capturable(module):
