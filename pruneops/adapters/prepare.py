@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from ..methods import Image
 from ..methods._base import uploaded
 from ..ops import gather_tokens
 from .transformers.models import (
@@ -15,12 +14,9 @@ from .transformers.models import (
     accepts_encoded_images,
     attention_implementation,
     find_model,
-    layout_kind,
-    tile_tokens,
-    visual_tokens,
 )
-from .transformers.token_layout import features_of, keep_tokens, token_layout
-from .transformers.vision import check_cls_attention, encode, image_fields
+from .transformers.token_layout import features_of, keep_tokens, layout_of
+from .transformers.vision import check_cls_attention, encode, select
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -83,11 +79,10 @@ def prepare(model, inputs, method):
     with torch.set_grad_enabled(torch.is_grad_enabled() and real.training):
         encoded = _encode(base, inputs, present, method)
         features = {name: out.pooler_output for name, out in encoded.items()}
-        counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
-        tile = tile_tokens(real, counts)
-        layout = token_layout(layout_kind(real), ids, visual_tokens(real, ids), counts, mask, tile)
-        with torch.no_grad():
-            chosen = _select(method, features, layout.images)
+        layout = layout_of(real, features, ids, mask=mask)
+        if layout is None:
+            return given
+        chosen = select(method, features, layout.images)
         for name, out in encoded.items():
             encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
     index, _, tokens, _ = keep_tokens(layout.tokens, chosen)
@@ -126,12 +121,6 @@ def _encode(base, inputs, present, method):
     for name in (*read, "image_grid_thw", "video_grid_thw", "image_sizes", "second_per_grid_ts"):
         inputs.pop(name, None)
     return encoded
-
-
-def _select(method, features, rows):
-    """For every row and image the ranks that stay."""
-    images = [[features_of(features[name], first, size) for name, first, size in row] for row in rows]
-    return [method.select_each([Image(own, **image_fields(own)) for own in row]) for row in images]
 
 
 def _with_fewer_tokens(encoded, rows, chosen, modality):

@@ -142,6 +142,14 @@ def test_refused_caches(make, method):
                 model(**inputs)
 
 
+@pytest.mark.parametrize("method", [PROJECTOR, LAYER], ids=["projector", "layer"])
+def test_sliding_windows_without_a_cache(method):
+    """Refused in training too, where no cache says that there is a window."""
+    model, inputs = sliding(None)[0].train(), llava()[1]
+    with patch(model, method), pytest.raises(UnsupportedError, match="sliding-window"):
+        model(**inputs, use_cache=False)
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
 @pytest.mark.parametrize("method", [PROJECTOR, LAYER, QUERY], ids=["projector", "layer", "query"])
 def test_speculation(family, method):

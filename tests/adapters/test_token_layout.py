@@ -11,7 +11,6 @@ import numpy
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 
 from pruneops import methods
 from pruneops.adapters.prepare import prepare
@@ -21,7 +20,7 @@ from tests.adapters import oracle, tiny
 from tests.adapters.oracle import Thin
 from tests.adapters.test_prepare import SUPPORTED, since_5_18
 from tests.adapters.test_transformers import METHODS, STEPS, generate
-from tests.adapters.tiny import FAMILIES, IMAGE, NEEDS, prompts, prompts_and_truth
+from tests.adapters.tiny import FAMILIES, IMAGE, prompts_and_truth
 
 transformers.logging.set_verbosity_error()
 model_of = functools.cache(tiny.model_of)
@@ -322,13 +321,3 @@ def test_hidden_image_tokens(family, layout):
     for run in ways.values():
         with pytest.raises(errors, match="attention mask hides tokens of an image" + words):
             run(dict(inputs))
-
-
-@pytest.mark.parametrize("family", ["gemma3", "gemma4", "llama4"])
-def test_unsupported_families(family):
-    if Version(transformers.__version__) < Version(NEEDS.get(family, "5.0")):
-        pytest.skip(f"{family} needs transformers {NEEDS[family]}")
-    model, image = model_of(family)
-    for change in (patch, lambda model, method: prepare(model, prompts(image, [["image", 3]]), method)):
-        with pytest.raises(UnsupportedError, match=f"{family} is not supported; supported are llava, "):
-            change(model, Spy(projector=True))

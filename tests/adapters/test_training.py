@@ -249,7 +249,8 @@ def test_autocast(method, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_step(method, first, checkpointing):
     """PEFT's adapters learn through a pruned model, and nothing else does."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, inputs = task("llava")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, modules_to_save=["multi_modal_projector"])
     if first == "patch":
@@ -280,7 +281,6 @@ def test_lora_step(method, first, checkpointing):
 @pytest.mark.parametrize("method", [REAL["ToDRE"], REAL["FastV"]], ids=["ToDRE", "FastV"])
 def test_trainer(method, checkpointing, tmp_path):
     """Three steps of transformers' Trainer; the model that it saves is an ordinary one."""
-    pytest.importorskip("accelerate")
     model, inputs = task("llava", "one")
     rows = [{name: value[0] for name, value in inputs.items()}] * 6
     arguments = transformers.TrainingArguments(

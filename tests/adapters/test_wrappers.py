@@ -46,7 +46,8 @@ class Bare(Delegate):
 
 
 def lora(model, adapter="LoraConfig", **options):
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(1)
     options = {"target_modules": ["q_proj", "v_proj"], **({"r": 2} if "Lora" in adapter else {}), **options}
     if "modules_to_save" not in options:
@@ -58,7 +59,8 @@ def hooked(find):
     """accelerate's hook on the modules that `find` names."""
 
     def wrap(model):
-        hooks = pytest.importorskip("accelerate.hooks")
+        from accelerate import hooks
+
         for module in find(model):
             hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
         return model
@@ -67,7 +69,8 @@ def hooked(find):
 
 
 def dispatched(model):
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     places = dict.fromkeys([name for name, _ in model.named_children()], "cpu")
     return accelerate.dispatch_model(model, places, force_hooks=True)
 
@@ -187,7 +190,8 @@ def test_compiled(way, method):
 
 def test_adapters_that_write_prompts():
     """Prefix and prompt tuning bring tokens of their own: an answer that is pruned, or a refusal."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     for config in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
         model, inputs = llava()
         wrapped = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()

@@ -1,6 +1,7 @@
 """The state of a request: its cache, whose layers remember what they no longer hold, and its statistics."""
 
 import dataclasses
+import functools
 from contextvars import ContextVar
 
 import torch
@@ -70,7 +71,7 @@ class PrunedLayer(DynamicLayer):
             return
         size = self.size - count
         if size < self.prompt:
-            if size < self.prompt - self.request.text_after_images():
+            if size < self.prompt - self.request.text_after_images:
                 raise UnsupportedError("pruneops: pruned images cannot be cropped; begin anew with a shorter prompt")
             self.prompt = size
             self._each_flag(lambda flags: flags[:, :size])
@@ -103,16 +104,14 @@ class Request:
     def __init__(self, method, layers):
         self.method, self.step, self.needs_masks, self.unread = method, 0, False, None
         self.maybe_padded = False
-        self.after = 0, []  # tokens of the prompt, and positions of the last visual ones
+        self.length, self.last_visual = 0, []  # of the prompt; of every row, position of the last visual token
         self.asks_between_steps = getattr(method, "at_step", None) is not None
         self.stats = Stats([], [[]] * layers, [0] * layers)
 
+    @functools.cached_property
     def text_after_images(self):
         """Tokens of the prompt after all images, in the row that has fewest. Read once, where a cache is cropped."""
-        if not isinstance(self.after, int):
-            length, lasts = self.after
-            self.after = length - 1 - int(torch.cat(lasts).max().cpu().numpy()) if lasts else length
-        return self.after
+        return self.length - 1 - int(torch.cat(self.last_visual).max().cpu().numpy())
 
     def is_plain(self):
         """Whether the model goes on from here without help. Reads the padding, once."""
@@ -168,15 +167,17 @@ class Stats:
         return "\n".join([*lines, f"selection: {1e3 * self.seconds:.1f} ms"])
 
 
-def prunable_cache(cache, decoder):
-    """The cache of a request that begins, or a new one."""
-    default = DynamicCache(config=decoder.config)
-    if any(getattr(layer, "is_sliding", False) for layer in default.layers):
+def check_windows(decoder):
+    if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=decoder.config).layers):
         raise UnsupportedError(
             "pruneops: a decoder with sliding-window layers cannot be pruned inside; use pruneops.prepare with a "
             "method that prunes after the projector"
         )
-    cache = default if cache is None else cache
+
+
+def prunable_cache(cache, decoder):
+    """The cache of a request that begins, or a new one."""
+    cache = DynamicCache(config=decoder.config) if cache is None else cache
     kinds = [type(layer) for layer in getattr(cache, "layers", ())] or [
         getattr(cache, "layer_class_to_replicate", None)
     ]

@@ -19,7 +19,7 @@ from .vision import as_merged, encode
 RECORDS = 16  # requests whose statistics a handle holds
 EAGER = "pruneops prunes in eager mode: compile without fullgraph, or use pruneops.prepare"
 ENCODING = ContextVar("pruneops_encoding", default=False)
-ENTERED = ContextVar("pruneops_entered", default=None)  # id of the handle whose `forward` was called last
+ENTERED = ContextVar("pruneops_entered", default=None)  # id of the handle whose `forward` ended last
 SETTINGS = ContextVar("pruneops_settings", default=())  # (handle, method or None) of the `with` blocks around
 
 
@@ -187,10 +187,12 @@ def run_unpruned(forward, inputs):
 class PatchedForward(Override):
     @torch.compiler.disable(reason=EAGER)
     def __call__(self, *args, **kwargs):
-        if self.handle is None:
+        handle = self.handle
+        if handle is None:
             return self.inner(*args, **kwargs)
-        ENTERED.set(id(self.handle))
-        return run_pass(self.handle, self.module, self.inner, self.arguments(args, kwargs))
+        output = run_pass(handle, self.module, self.inner, self.arguments(args, kwargs))
+        ENTERED.set(id(handle))  # the last thing, for passes may be nested in this one
+        return output
 
 
 def is_patched(base):

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 # What the vision encoder's outputs are cut into, by `config.model_type`:
 #   "image"  one tensor an image (or video), whatever stands between its tokens in the prompt
 #   "run"    tiles one after another; an image's are one run of tokens in the prompt
-#   "tiles"  tiles one after another; each is a run of its own, and `tiles_of_images` says which make an image
+#   "tiles"  tiles one after another; each is a run of its own, and `tiles_length` says which make an image
 FAMILIES = {
     "llava": "image",  # Pixtral too: break tokens stand between its rows
     "llava_next": "image",

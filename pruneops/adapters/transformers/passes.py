@@ -47,16 +47,14 @@ class Continuation(Pass):
         check_mask(inputs.get("attention_mask"))
         self.masks = {}  # of each group of layers
         request.step += 1
+        ids = inputs.get("input_ids")
+        new = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        # a single new token is no padding: of that a mask can tell only once a later turn has brought several
+        request.maybe_padded |= inputs.get("attention_mask") is not None and new > 1
+        # without padding sdpa needs no mask for one new token, nor flash attention for any
+        self.needless = not request.maybe_padded and (self.flash or (self.attention == "sdpa" and new == 1))
 
     def has_work(self):
-        """Unless no layer needs a mask: sdpa needs none for one new token, flash attention never, without padding.
-
-        One new token is none of padding, so a mask can tell of it only once a later turn has brought several.
-        """
-        ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
-        new = (self.inputs["inputs_embeds"] if ids is None else ids).shape[1]
-        self.request.maybe_padded |= mask is not None and new > 1
-        self.needless = not self.request.maybe_padded and (self.flash or (self.attention == "sdpa" and new == 1))
         padded = any(layer.valid is not None for layer in self.layers)
         return padded or not self.needless or self.request.asks_between_steps
 

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import torch
 
-from ...methods import Image, Row
+from ...methods import Row
 from ...methods._base import Budgeted
-from .cache import PrunedLayer, Request, kv_bytes, prunable_cache
-from .models import MODALITIES, UnsupportedError, layout_kind, tile_tokens, visual_tokens
+from .cache import PrunedLayer, Request, check_windows, kv_bytes, prunable_cache
+from .models import MODALITIES, UnsupportedError
 from .passes import Pass, additive_mask, check_mask, gather
 from .query_capture import check_capturable, start_capture, stop_capture
-from .token_layout import features_of, keep_ranks, keep_tokens, spans_from_counts, token_layout
-from .vision import check_cls_attention, image_fields
+from .token_layout import keep_ranks, keep_tokens, layout_of, spans_from_counts
+from .vision import check_cls_attention, select
 
 
 def brings_images(inputs):
@@ -33,6 +33,7 @@ class Prefill(Pass):
 
     def __init__(self, handle, model, method, inputs):
         decoder = handle.decoder
+        check_windows(decoder)
         super().__init__(handle, Request(method, len(decoder.layers)), dict(inputs))
         self.model, self.method = model, method
         self.method_layers = tuple(method.layers(len(decoder.layers)))
@@ -102,9 +103,12 @@ class Prefill(Pass):
                 raise
         self._count()
         self.handle.stats.append(self.request.stats)
-        if self.left == self.length and not self.request.asks_between_steps:
-            kept = f"{self.method} kept all tokens of images of {self.request.stats.images}"
-            self.handle.warn_unpruned(kept if self.length else "its decoder did not run")
+        images = self.request.stats.images
+        if not self.length or not self.encoded:
+            missed = "decoder did not run" if self.encoded else "get_image_features was replaced; patch() again"
+            self.handle.warn_unpruned(f"its {missed}")
+        elif images and self.left == self.length and not self.request.asks_between_steps:
+            self.handle.warn_unpruned(f"{self.method} kept all tokens of images of {images}")
         return out
 
     def has_work(self):
@@ -115,40 +119,26 @@ class Prefill(Pass):
     def before_decoder(self, decoder, args, kwargs):
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         features = {name: out.pooler_output for name, out in self.encoded.items()}
-        counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
         self.length = self.left = embeds.shape[1]
         self.inside = self.source = None  # where in the decoder's input what is left was, and the reverse of the text
-        if not any(map(sum, counts.values())):
-            return args, kwargs
-        visual = visual_tokens(self.model, self.inputs.get("input_ids"), self.inputs.get("inputs_embeds"))
+        ids, given = self.inputs.get("input_ids"), self.inputs.get("inputs_embeds")
         read = bool(self.method_layers) or self.request.asks_between_steps
-        ids, tile = self.inputs.get("input_ids"), tile_tokens(self.model, counts)
-        layout = token_layout(layout_kind(self.model), ids, visual, counts, mask, tile, read)
+        layout = layout_of(self.model, features, ids, given, mask, read)
+        if layout is None:
+            return args, kwargs
         self.tokens, self.sizes = layout.tokens, layout.tokens.sizes
         self.request.stats.images = self.sizes
-        self.request.after = self.length, [places[-1:] for places in self.tokens.places]
+        self.request.length, self.request.last_visual = self.length, [own[-1:] for own in self.tokens.places]
         self._record(0)
         with self._timed():
             after_projector = self.method.after_projector
-            chosen = self._select(features, layout.images) if after_projector else None
+            chosen = select(self.method, features, layout.images) if after_projector else None
             if not layout.left_padded or (chosen is not None and sizes_of(chosen) != self.sizes):
                 self._prune_input(kwargs, every_token(self.tokens) if chosen is None else chosen)
         self.entry_valid = self.tokens.valid
         self._set_layers(0)
         self._hook_layers(kwargs)
         return args, kwargs
-
-    @torch.no_grad()
-    def _select(self, features, rows):
-        """Ranks within every image of every row. Beams of one prompt share its features, and so its choice."""
-        chosen, known = [], {}
-        for row in rows:
-            images = [features_of(features[name], first, size) for name, first, size in row]
-            key = tuple(own.data_ptr() for own in images)
-            if key not in known:
-                known[key] = self.method.select_each([Image(own, **image_fields(own)) for own in images])
-            chosen.append(known[key])
-        return chosen
 
     def _prune_input(self, kwargs, chosen):
         before, again = self.tokens, bool(self.method_layers) or self.request.asks_between_steps

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from .models import UnsupportedError
+from .models import UnsupportedError, layout_kind, tile_tokens, visual_tokens
 
 
 class Tokens(NamedTuple):
@@ -63,6 +63,18 @@ class Kept(NamedTuple):
     source: torch.Tensor
     tokens: Tokens
     ranks: list
+
+
+def layout_of(model, features, ids, embeds=None, mask=None, read=False):
+    """The layout of a model's prompts, or None if they have no image.
+
+    features: of each modality the encoder's tensors. embeds: of the prompts before images are in them, without ids.
+    """
+    counts = {name: [len(own) for own in tensors] for name, tensors in features.items()}
+    if not any(map(sum, counts.values())):
+        return None
+    kind, tile, visual = layout_kind(model), tile_tokens(model, counts), visual_tokens(model, ids, embeds)
+    return token_layout(kind, ids, visual, counts, mask, tile, read)
 
 
 def token_layout(kind, ids, visual, counts, mask=None, tile=None, read=False):

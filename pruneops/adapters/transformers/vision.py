@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import torch
 
-from ...methods import cls_attention
+from ...methods import Image, cls_attention
 from .models import UnsupportedError
-from .token_layout import spans_from_counts
+from .token_layout import features_of, spans_from_counts
 
 CAPTURED = ContextVar("pruneops_vision_capture", default=())  # dictionaries that projections are put into
 
@@ -51,8 +51,10 @@ def encode(model, encoder, arguments, method):
 
 
 def as_merged(model, modality, arguments, encoded):
-    """The encoder's outputs as they will stand in the prompt: LLaVA-OneVision ends a video with a newline, which before
-    some release was not the encoder's."""
+    """The encoder's outputs as they will stand in the prompt.
+
+    LLaVA-OneVision ends a video with a newline; transformers 5.0 adds it after the encoder.
+    """
     if model.config.model_type != "llava_onevision" or modality != "video":
         return encoded
     videos = next(arguments[name] for name in ("pixel_values_videos", "pixel_values") if name in arguments)
@@ -67,6 +69,22 @@ def as_merged(model, modality, arguments, encoded):
 def image_fields(features):
     """What `encode` found of an image."""
     return getattr(features, "_pruneops_fields", {})
+
+
+@torch.no_grad()
+def select(method, features, rows):
+    """Ranks within every image of every row. Beams of one prompt share its features, and so its choice.
+
+    features: of each modality what the encoder gave; rows: see `token_layout.Layout.images`.
+    """
+    chosen, known = [], {}
+    for row in rows:
+        images = [features_of(features[name], first, size) for name, first, size in row]
+        key = tuple(own.data_ptr() for own in images)
+        if key not in known:
+            known[key] = method.select_each([Image(own, **image_fields(own)) for own in images])
+        chosen.append(known[key])
+    return chosen
 
 
 def _last_attention(model):
