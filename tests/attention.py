@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests import contract, strategies
-from tests.refusals import DTYPE_NAMES, Bad
+from tests.invalid_calls import DTYPE_NAMES, InvalidCall
 
 # Layouts of a tensor [.., heads, tokens, features] in memory. All but "one head" keep its values.
 LAYOUTS = {
@@ -172,7 +172,7 @@ with pruneops.backend("cpu"):
 TRITON_MEMORY = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from tests import fake_card
+from tests import compile_only_driver
 from pruneops.triton_kernels import {op} as kernels
 
 class Fresh(TorchDispatchMode):
@@ -240,7 +240,7 @@ def triton_memory(op, call):
 
 def attention_errors(op, good):
     """`Bad` calls by arguments that both operators have; `good` holds query [2, 4, 5, 8] and key [2, 2, 6, 8]."""
-    bad, query, key, lse = functools.partial(Bad, op, good), good["query"], good["key"], torch.zeros(2, 4, 5)
+    bad, query, key, lse = functools.partial(InvalidCall, op, good), good["query"], good["key"], torch.zeros(2, 4, 5)
     of_batch = "of shape [2, Hk, Sk, 8]"
     return [
         bad(ValueError, "query", "of shape [5, 8]", "of rank 3 or 4", query=query[0, 0]),

@@ -53,7 +53,7 @@ CPU_TARGETS = (REFERENCE, Target("cpu", "cpu"), Target("triton", "cpu"))
 TARGETS = (*CPU_TARGETS, *(Target(backend, "cuda") for backend in ("reference", "triton", "cuda")))
 
 
-def on(*targets):
+def on_targets(*targets):
     """Parametrise a test over targets; one that cannot run here is skipped with its reason."""
 
     def case(target):
@@ -69,9 +69,9 @@ def on(*targets):
 
 NATIVE = Target("cpu", "cpu")
 TRITON_TARGETS = tuple(target for target in TARGETS if target.backend == "triton")
-CUDA_KERNELS = on(Target("triton", "cuda"), Target("cuda", "cuda"))
-every_backend = on(*TARGETS)
-every_kernel = on(*(target for target in TARGETS if target.backend != "reference"))  # a BLAS has its own ways
+CUDA_KERNELS = on_targets(Target("triton", "cuda"), Target("cuda", "cuda"))
+every_backend = on_targets(*TARGETS)
+every_kernel = on_targets(*(target for target in TARGETS if target.backend != "reference"))  # a BLAS has its own ways
 
 
 def size(target, full, interpreted):
@@ -97,24 +97,24 @@ def call(target, op, *args, **kwargs):
     Arguments are CPU tensors of any strides, which the device copy keeps. Results come back on
     the CPU. Fails if the operator writes to an argument.
     """
-    args, kwargs = moved((args, kwargs), target.device)
+    args, kwargs = to_device((args, kwargs), target.device)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     before = [tensor.clone() for tensor in tensors]
     with pruneops.backend(target.backend), poisoned():
         results = getattr(pruneops, op)(*args, **kwargs)
     assert_same_bits(tensors, before)
-    return moved(results, "cpu")
+    return to_device(results, "cpu")
 
 
-def moved(value, device):
+def to_device(value, device):
     """A tensor, or all those in tuples, lists and dictionaries, on a device.
 
     Each lies in the same place of a storage of the same size.
     """
     if isinstance(value, dict):
-        return {name: moved(own, device) for name, own in value.items()}
+        return {name: to_device(own, device) for name, own in value.items()}
     if isinstance(value, list | tuple):
-        own = [moved(one, device) for one in value]
+        own = [to_device(one, device) for one in value]
         return type(value)(*own) if hasattr(value, "_fields") else type(value)(own)
     if not isinstance(value, torch.Tensor) or torch.device(device) == value.device:
         return value
@@ -227,7 +227,7 @@ def assert_threads_change_no_bit(run):
         assert_same_bits(other, results[0])
 
 
-def all_at_once(target, calls):
+def run_concurrently(target, calls):
     """Results of functions that are called on one backend at the same time, each in a thread of its own."""
     results = [None] * len(calls)
 
@@ -243,7 +243,7 @@ def all_at_once(target, calls):
     return results
 
 
-def far_apart(folder, tensor, dim):
+def with_gaps_past_2_31(folder, tensor, dim):
     """The tensor with its slices along a dimension so far apart in a sparse file that the last begins past 2^31."""
     gap = 2**31 // (tensor.shape[dim] - 1) // 16 * 16 + 32
     slices = tensor.movedim(dim, 0).contiguous()
@@ -257,7 +257,7 @@ def far_apart(folder, tensor, dim):
 
 def opcheck(target, op, *args, **kwargs):
     """torch.library.opcheck of `pruneops.<op>` on a target."""
-    args, kwargs = moved((args, kwargs), target.device)
+    args, kwargs = to_device((args, kwargs), target.device)
     with pruneops.backend(target.backend):
         torch.library.opcheck(getattr(torch.ops.pruneops, op).default, args, kwargs)
 
@@ -267,7 +267,7 @@ def assert_compiles(target, function, calls):
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     with pruneops.backend(target.backend):
-        for args in moved(calls, target.device):
+        for args in to_device(calls, target.device):
             torch.testing.assert_close(compiled(*args), function(*args))
 
 
@@ -287,7 +287,7 @@ print("same")
 
 
 def on_fake_card(code):
-    """Output of a Python program that imports tests.fake_card."""
+    """Output of a Python program that imports tests.compile_only_driver."""
     if torch.cuda.is_available():
         pytest.skip("a libcuda that runs nothing cannot stand beside a real one")
     return run_python(code)
@@ -295,8 +295,8 @@ def on_fake_card(code):
 
 def triton_launches(code):
     """(launches, compilations) of Python code that calls Triton launchers on a card which runs nothing."""
-    count = "print(len(fake_card.launches), len(fake_card.compilations))"
-    lines = f"import torch\nfrom tests import fake_card\nfake_card.count()\n{code}\n{count}"
+    count = "print(len(compile_only_driver.launches), len(compile_only_driver.compilations))"
+    lines = f"import torch\nfrom tests import compile_only_driver\nfake_card.count()\n{code}\n{count}"
     return tuple(map(int, on_fake_card(lines).split()))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pruneops
-from tests.contract import assert_same_bits, moved
+from tests.contract import assert_same_bits, to_device
 
 
 def graph(target, run, inputs):
@@ -28,7 +28,7 @@ def graph(target, run, inputs):
             for tensor, value in zip(held, new):
                 tensor.copy_(value)
             graph.replay()
-            assert_same_bits(moved(captured, "cpu"), moved(run(*new), "cpu"))
+            assert_same_bits(to_device(captured, "cpu"), to_device(run(*new), "cpu"))
 
 
 def no_synchronisation(target, run, inputs):
@@ -55,7 +55,7 @@ def stream(target, run, inputs):
                 tensor.copy_(value)
             late = run(*held)
         stream.synchronize()
-    assert_same_bits(moved(late, "cpu"), moved(expected, "cpu"))
+    assert_same_bits(to_device(late, "cpu"), to_device(expected, "cpu"))
 
 
 def other_device(target, run, inputs):
@@ -65,7 +65,7 @@ def other_device(target, run, inputs):
     with pruneops.backend(target.backend):
         here, there = run(*held), run(*(tensor.to("cuda:1") for tensor in held))
     assert all(result.device == torch.device("cuda:1") for result in there)
-    assert_same_bits(moved(here, "cpu"), moved(there, "cpu"))
+    assert_same_bits(to_device(here, "cpu"), to_device(there, "cpu"))
 
 
 every_check = pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     python -m tests.host_cost
 
 prints a line of each for the cases below, as JSON with --json. Triton's launcher is the real one over a libcuda that
-runs nothing (fake_card), so the time lacks the driver's part of a launch and torch's dispatch of the operator.
+runs nothing (compile_only_driver), so times lack the driver's part of a launch and torch's dispatch of the operator.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import fake_card
+from tests import compile_only_driver
 
 from pruneops.triton_kernels import (  # isort: skip
     assign_ranks,
@@ -86,10 +86,10 @@ def cases():
 def counts(call):
     """(launches, allocations) of one call."""
     call()
-    before, allocations = fake_card.launched(), Allocations()
+    before, allocations = compile_only_driver.launched(), Allocations()
     with allocations:
         call()
-    return fake_card.launched() - before, allocations.count
+    return compile_only_driver.launched() - before, allocations.count
 
 
 def microseconds(call, blocks=30, calls=200):

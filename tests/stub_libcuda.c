@@ -1,5 +1,5 @@
 // A libcuda.so.1 that loads any kernel and runs none: counts launches and keeps the grid of the last one.
-// Built by tests/fake_card.py, so that Triton's own driver and launchers run without a GPU.
+// Built by tests/compile_only_driver.py, so that Triton's own driver and launchers run without a GPU.
 
 #include <stddef.h>
 #include <string.h>

@@ -24,9 +24,9 @@ OPERATORS = sorted(path.stem for path in (ROOT / "pruneops" / "ops").glob("[!_]*
 LAYERS = {
     "reference": set(),
     "triton_kernels": {"backends"},
-    "ops": {"reference", "triton_kernels", "backends", "_C"},
-    "methods": {"ops", "pruneops"},
-    "adapters": {"methods", "ops", "pruneops"},
+    "ops": {"reference", "triton_kernels", "backends", "checks", "autocast", "_C"},
+    "methods": {"ops", "checks", "autocast", "pruneops"},
+    "adapters": {"methods", "ops", "checks", "pruneops"},
 }
 # What may be imported from outside, where that is little.
 OUTSIDE = {

@@ -65,7 +65,7 @@ def test_every_kernel_is_listed():
 import importlib, sys
 for module in map(importlib.import_module, sys.argv[1:]):
     kernels = {name for name, value in vars(module).items() if type(value).__name__ == "Kernel"}
-    listed = {kernel.__name__ for kernel, _ in module.compile_forms()}
+    listed = {kernel.__name__ for kernel, _ in module.specializations()}
     print(*(f"{module.__name__}.{name}" for name in kernels - listed))
 """
     assert contract.run_python(code, *MODULES).split() == []
@@ -73,7 +73,7 @@ for module in map(importlib.import_module, sys.argv[1:]):
 
 @pytest.mark.parametrize("capability", [80, 120])
 def test_checks_catch_what_does_not_fit(capability):
-    results = compiled(capability, "tests.kernels_that_do_not_fit")
+    results = compiled(capability, "tests.rejected_kernels")
     summing, sharing, _, chaining = results
     assert (summing["float_sums"], sharing["float_sums"], chaining["chained_dots"]) == (1, 0, 1)
     found = problems(results, capability)

@@ -6,7 +6,7 @@ writes a JSON list of {kernel, label, shared, local, registers, float_sums, chai
 bytes of shared memory a block, bytes of local memory a thread (spills and stack), registers a thread, how many
 reductions add floats in the order of a layout, and how many products add to what came before inside of the tensor core.
 
-A module lists its kernels in `compile_forms()`, as pairs of a kernel and what it is compiled for.
+A module lists its kernels in `specializations()`, as pairs of a kernel and what it is compiled for.
 """
 
 import importlib
@@ -49,7 +49,7 @@ def usage(cubin):
 def main(capability, *names):
     results = []
     for module in map(importlib.import_module, names):
-        for kernel, form in module.compile_forms():
+        for kernel, form in module.specializations():
             try:
                 result = compile_form(kernel, form, int(capability))
             except Exception as error:

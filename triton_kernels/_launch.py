@@ -28,7 +28,7 @@ TYPES = {
 OPTIONS = {"enable_fp_fusion": True, "maxnreg": 255}
 
 
-class Form(NamedTuple):
+class Specialization(NamedTuple):
     """What a kernel is compiled for, by names of its parameters."""
 
     types: dict  # of pointers and tuples that differ between forms; None: there is none
@@ -143,7 +143,7 @@ def workspace(device, *parts):
 _HERE = contextlib.nullcontext()
 
 
-def on(tensor):
+def device_guard(tensor):
     """Launches inside go to the tensor's device."""
     device = tensor.get_device()  # -1 on CPU
     return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)

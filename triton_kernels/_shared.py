@@ -15,7 +15,7 @@ LAST_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # of what can not be chosen
 
 
 @triton.jit
-def order_of(s):
+def ordered_bits(s):
     """int32 that orders float32 values as numbers do, -0.0 and 0.0 alike; NaN must be handled apart."""
     bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -32,7 +32,7 @@ def row_sums(values, ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.reshape(values, [ROWS])
 
 
-def access(x):
+def alignment_class(x):
     """Which tiles suit x [.., N, D]: by element size if every row starts on 16 elements and 16 bytes."""
     numbers = (x.data_ptr(), *x.stride()[:-1], x.shape[-1])
     bits = 0

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, TYPES, Form, kernel, on, workspace
+from ._launch import INTERPRETED, TYPES, Specialization, device_guard, kernel, workspace
 from ._shared import INF, LAST_KEY
 from .exclusive_bottomk import score_order
 
@@ -22,7 +22,7 @@ TILE = 4096  # logits a tile
 
 def _form(dtype, width):
     constants = {"BLOCK_N": TILE // width, "BLOCK_C": width, "BLOCK_S": 1024}
-    return Form({"logits": TYPES[dtype]}, constants, {"num_warps": 8})
+    return Specialization({"logits": TYPES[dtype]}, constants, {"num_warps": 8})
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def assign_ranks(logits, j):
     logits = logits.float() if INTERPRETED else logits  # the interpreter loses the least bfloat16 numbers
     _memory, orders, marks = workspace(logits.device, (torch.int32, B * j * N), (torch.uint8, B * N))
     width = next(width for width in CLASSES if width >= C)
-    with on(logits):
+    with device_guard(logits):
         _assign_ranks_kernel(
             (logits.dtype, width), (B, 1, 1),
             logits, orders, marks, indices, logits.stride(0), logits.stride(1), N, C, j,
@@ -93,7 +93,7 @@ def assign_ranks(logits, j):
     return indices
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
     for width in CLASSES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, TYPES, Form, cdiv, kernel, next_power_of_2, on, workspace
+from ._launch import INTERPRETED, TYPES, Specialization, cdiv, device_guard, kernel, next_power_of_2, workspace
 from ._shared import INF
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -70,7 +70,7 @@ def sides(group, key_group):
 
 def _list_form(block, group, key_group):
     types, kinds = sides(group, key_group)
-    return Form(types, {**kinds, "BLOCK_N": block, **LIST[0]}, LIST[1])
+    return Specialization(types, {**kinds, "BLOCK_N": block, **LIST[0]}, LIST[1])
 
 
 def _sums_form(dtype, D, causal, G, listed, has_lse, split, group, key_group):
@@ -80,7 +80,7 @@ def _sums_form(dtype, D, causal, G, listed, has_lse, split, group, key_group):
     types |= ({} if has_lse else {"lse": None}) | ({"found": None} if split else {"tops": None})
     tile, options = tiles(dtype.itemsize, D, listed)
     forms = {"CAUSAL": causal, "HAS_LSE": has_lse, "LISTED": listed, "SPLIT": split, **kinds}
-    return Form(types, {"G": G, "GROUPS": next_power_of_2(G), "D": D, **forms, **tile}, options, divisible)
+    return Specialization(types, {"G": G, "GROUPS": next_power_of_2(G), "D": D, **forms, **tile}, options, divisible)
 
 
 def _reduce_form(G, listed, combine, group):
@@ -89,7 +89,7 @@ def _reduce_form(G, listed, combine, group):
     types |= {} if combine else {"tops": None, "found": None}
     tile, options = REDUCE if listed else REDUCE_DECODE
     forms = {"COMBINE": combine, "LISTED": listed, "QUERY": kinds["QUERY"], "SPLITS": 1 if listed else DECODE_SPLITS}
-    return Form(types, {"G": G, "GROUPS": next_power_of_2(G), **forms, **tile}, options)
+    return Specialization(types, {"G": G, "GROUPS": next_power_of_2(G), **forms, **tile}, options)
 
 
 @triton.jit
@@ -317,7 +317,7 @@ def attention_mass(query, key, query_group, key_group, groups, causal, scale, ls
         return mass.zero_(), found.fill_(-torch.inf) if lse is None else found.copy_(lse)
     listed = Sq * H > DECODE_ROWS * Hk
     combine = lse is None and not listed
-    with on(query):
+    with device_guard(query):
         call = Call(query, key, query_group, key_group, (B, H, Hk, Sq, Sk, D), device, listed, groups, combine)
         call.launch_sums(causal, scale, lse, found)
         _attention_reduce_kernel(
@@ -400,7 +400,7 @@ def _side(group):
     return (None, None, (0, 0)) if group is None else (group, group.dtype, group.stride())
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every kind of form that the launchers above can ask for, to be compiled without a GPU."""
     half, brain, full, groups, mask = torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.bool
     for block, dtype in itertools.product((32, 64), (groups, mask)):

@@ -13,7 +13,7 @@ import functools
 import torch
 import triton.language as tl
 
-from ._launch import Form, cdiv, kernel, next_power_of_2, on
+from ._launch import Specialization, cdiv, device_guard, kernel, next_power_of_2
 from ._shared import INF
 from .attention_mass import ARGS, DECODE_ROWS, DECODE_SPLITS, Call, group_of, logits, read, sides, weights
 
@@ -42,7 +42,7 @@ def _form(dtype, D, ratio, causal, listed, has_lse, group, key_group):
     splits = DECODE_SPLITS if not listed else LISTED_SPLITS if kinds["QUERY"] else 1
     forms = {"CAUSAL": causal, "HAS_LSE": has_lse, "LISTED": listed, "SPLITS": splits, **kinds}
     tile, options = tiles(dtype.itemsize, D, ratio, listed)
-    return Form(types, {"D": D, **forms, **tile}, options, divisible)
+    return Specialization(types, {"D": D, **forms, **tile}, options, divisible)
 
 
 @kernel(_form, **ARGS)
@@ -121,7 +121,7 @@ def attention_received(query, key, query_mask, key_mask, causal, scale, lse):
     R, listed, has_lse = H // Hk, Sq * H > DECODE_ROWS * Hk, lse is not None
     few = 1 if query_mask is None else min(LISTED_SPLITS, cdiv(Sk, 512))
     sizes, G = (B, H, Hk, Sq, Sk, D), 0 if has_lse else 1
-    with on(query):
+    with device_guard(query):
         call = Call(query, key, query_mask, key_mask, sizes, device, listed, G, not has_lse, few)
         if not has_lse:
             call.launch_sums(causal, scale, None, None)
@@ -136,7 +136,7 @@ def attention_received(query, key, query_mask, key_mask, causal, scale, lse):
     return received
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every kind of form that the launcher above can ask for, to be compiled without a GPU."""
     half, brain, full, mask = torch.float16, torch.bfloat16, torch.float32, torch.bool
     for dtype, D, ratio, listed, kind in (

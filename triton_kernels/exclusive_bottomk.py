@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from . import pivot_cosine as scoring
-from ._launch import INTERPRETED, TYPES, Form, kernel, on, workspace
-from ._shared import LAST_KEY, order_of
+from ._launch import INTERPRETED, TYPES, Specialization, device_guard, kernel, workspace
+from ._shared import LAST_KEY, ordered_bits
 
 HELPING = tl.constexpr(256)
 CANDIDATES = tl.constexpr(512)
@@ -37,14 +37,14 @@ _STRIDES = dict.fromkeys(("stride_b", "stride_p", "taken_b", "taken_n"), "i64")
 def _form(dtype, width, rows, has_taken, free):
     types = {"scores": TYPES[dtype], "taken": "*u8" if has_taken else None, "quotas": ("i32",) * rows}
     constants = {"HAS_TAKEN": has_taken, "FREE": free, "ROWS": rows, "BLOCK_N": width}
-    return Form(types, constants, {"num_warps": WIDTHS[width]})
+    return Specialization(types, constants, {"num_warps": WIDTHS[width]})
 
 
 @triton.jit
 def score_order(s):
     """int32 order of scores: finite ones as numbers, the others all alike after them."""
     finite = (s.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
-    return tl.where(finite, order_of(s), NOT_FINITE)
+    return tl.where(finite, ordered_bits(s), NOT_FINITE)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def exclusive_bottomk(scores, quotas, taken, free=False):
     width = next(
         (width for width in WIDTHS if width >= N), max(WIDTHS)
     )  # the narrowest that holds a row, or the widest
-    with on(scores):
+    with device_guard(scores):
         _exclusive_bottomk_kernel(
             (scores.dtype, width, rows, taken is not None, free), (B, 1, 1),
             scores, taken, marks, keys, indices, (*quotas, *[0] * (rows - P)),
@@ -203,7 +203,7 @@ def pivot_bottomk(x, pivots, quotas, mask):
     return exclusive_bottomk(scoring.pivot_cosine(x, None, pivots, None, None), quotas, mask, free=True)
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
     for width, rows in itertools.product(WIDTHS, ROWS):
         yield _exclusive_bottomk_kernel, (torch.float32, width, rows, rows != ROWS[1], rows == ROWS[2])

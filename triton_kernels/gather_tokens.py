@@ -1,11 +1,11 @@
-"""Gathering tokens of tensors of any shape in Triton; _moves has the kernel and says what it costs.
+"""Gathering tokens of tensors of any shape in Triton; _token_copy has the kernel and says what it costs.
 
 Tensors of one layout (shape, type, strides, place of the tokens) take one launch, those of several one each: hidden
 states, positions and a mask are three. CUDA C++ takes one for all.
     hidden states, 3072 -> 352 tokens of 4096, B 1, bf16: 5.8 MB, 1.3 us on an H200 at 4.3 TB/s, less than a launch.
 """
 
-from ._moves import COPY_SLICE, Roles, alike, copy, copy_kernel, expect, expect_keep, form, grouped
+from ._token_copy import COPY_SLICE, Roles, alike, copy, copy_kernel, expect, expect_keep, form, grouped
 
 
 def gather_tokens(tensors, keep, dims):
@@ -24,7 +24,7 @@ def gather_tokens(tensors, keep, dims):
     return [results[i] for i in range(len(tensors))]
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every kind of configuration that the launcher can ask for, to be compiled without a GPU."""
     for count, rank in ((8, 2), (64, 2), (192, 2), (8, 6)):
         yield copy_kernel, form(COPY_SLICE, 16, 8192, count, rank)

@@ -31,8 +31,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, TYPES, Form, cdiv, kernel, on, tuned, workspace
-from ._shared import INF, LARGEST_SQUARE, LAST_KEY, SMALLEST_SQUARE, access, multiprocessors, order_of, row_sums
+from ._launch import INTERPRETED, TYPES, Specialization, cdiv, device_guard, kernel, tuned, workspace
+from ._shared import (
+    INF,
+    LARGEST_SQUARE,
+    LAST_KEY,
+    SMALLEST_SQUARE,
+    alignment_class,
+    multiprocessors,
+    ordered_bits,
+    row_sums,
+)
 
 GRAM_TOKENS = 4096  # largest N whose N x N similarities are stored: 64 MB a row of the batch
 GRAM_BYTES = 1 << 29  # largest such matrix of a whole batch
@@ -68,17 +77,17 @@ def _aligned(kind):
 def _norms_form(dtype, kind, cosine, has_mask, rounds):
     types = {"x": TYPES[dtype], "mask": "*u8" if has_mask else None, "control": "*i32" if rounds else None}
     constants = {"COSINE": cosine, "HAS_MASK": has_mask, "ROUNDS": rounds, **NORMS}
-    return Form(types, constants, {"num_warps": 4}, _aligned(kind))
+    return Specialization(types, constants, {"num_warps": 4}, _aligned(kind))
 
 
 def _gram_form(dtype, kind, cosine):
     tiles, options = tuned(GRAM, kind)
-    return Form({"x": TYPES[dtype]}, {"COSINE": cosine, **tiles}, options, _aligned(kind))
+    return Specialization({"x": TYPES[dtype]}, {"COSINE": cosine, **tiles}, options, _aligned(kind))
 
 
 def _greedy_form(width, cosine, has_seeds):
     types = {} if has_seeds else {"seeds": None}
-    return Form(types, {"COSINE": cosine, "HAS_SEEDS": has_seeds, "BLOCK_N": width}, {"num_warps": 8})
+    return Specialization(types, {"COSINE": cosine, "HAS_SEEDS": has_seeds, "BLOCK_N": width}, {"num_warps": 8})
 
 
 def _rounds_form(dtype, kind, cosine, M, has_seeds, budgets):
@@ -87,13 +96,13 @@ def _rounds_form(dtype, kind, cosine, M, has_seeds, budgets):
     types = {"x": TYPES[dtype], **({} if has_seeds else {"seeds": None})}
     types |= {"budgets": ("i32",) * budgets} if budgets else {"bounds": None, "budgets": None}
     constants = {"COSINE": cosine, "HAS_SEEDS": has_seeds, "BUDGETS": budgets, "M": M, **tiles}
-    return Form(types, constants, options | {"launch_cooperative_grid": True}, _aligned(kind))
+    return Specialization(types, constants, options | {"launch_cooperative_grid": True}, _aligned(kind))
 
 
 @triton.jit
 def _key(s, index):
     """int64 ordered as (s, index); NaN (not available) last."""
-    key = (order_of(s).to(tl.int64) << 32) | index.to(tl.int64)
+    key = (ordered_bits(s).to(tl.int64) << 32) | index.to(tl.int64)
     return tl.where(s == s, key, LAST_KEY)
 
 
@@ -251,7 +260,7 @@ def _select_threshold(s, N, M, BLOCK_S: tl.constexpr):
         counts = tl.zeros([256], tl.int32)
         for start in range(0, N, BLOCK_S):
             v = tl.load(s + start + lane, mask=start + lane < N, other=float("nan"), cache_modifier=".cg")
-            digits = order_of(v).to(tl.uint32, bitcast=True) ^ 0x80000000
+            digits = ordered_bits(v).to(tl.uint32, bitcast=True) ^ 0x80000000
             here = (v == v) & (((digits >> shift) >> 8) == prefix)
             counts += tl.histogram(((digits >> shift) & 255).to(tl.int32), 256, mask=here)
         upto = taken + tl.cumsum(counts, 0)  # [256] tokens up to and including a digit
@@ -275,7 +284,7 @@ def _take_candidates(s, candidates, candidate_s, threshold, ties, N, BLOCK_S: tl
     tau = tl.full([], LAST_KEY, tl.int64)
     for start in range(0, N, BLOCK_S):
         v = tl.load(s + start + lane, mask=start + lane < N, other=float("nan"), cache_modifier=".cg")
-        order = order_of(v)
+        order = ordered_bits(v)
         tie = ((v == v) & (order == threshold)).to(tl.int32)
         early = ties_seen + tl.cumsum(tie, 0) <= ties
         take = (v == v) & ((order < threshold) | ((tie != 0) & early))
@@ -438,7 +447,7 @@ def kcenter(x, k, seeds, mask, metric):
         return indices, radii
     x = x.float() if INTERPRETED else x  # the interpreter's bfloat16 products are wrong
     run = _gram if N <= GRAM_TOKENS and 4 * B * N * N <= GRAM_BYTES else _rounds
-    with on(x):
+    with device_guard(x):
         run(x, k, seeds, mask, metric == "cosine", indices, radii)
     return indices, radii
 
@@ -450,7 +459,7 @@ def kcenter_varlen(x, cu_seqlens, ks, seeds, metric):
     if indices.numel() == 0:
         return indices, radii
     x, cosine, out = x[None].float() if INTERPRETED else x[None], metric == "cosine", 0
-    with on(x):
+    with device_guard(x):
         for first in range(0, len(ks), BUDGETS[-1]):
             own = tuple(ks[first : first + BUDGETS[-1]])
             bounds, own_seeds = cu_seqlens[first:], None if seeds is None else seeds[first:]
@@ -473,7 +482,7 @@ def _strides(companion):
 
 def _gram(x, k, seeds, mask, cosine, indices, radii):
     B, N, D = x.shape
-    kind, float32 = access(x), torch.float32
+    kind, float32 = alignment_class(x), torch.float32
     _memory, aux, nearest, gram = workspace(x.device, (float32, B * N), (float32, B * N), (float32, B * N * N))
     _norms(x, kind, mask, cosine, aux, nearest)
     side = cdiv(N, tuned(GRAM, kind)[0]["BLOCK"])
@@ -490,7 +499,7 @@ def _gram(x, k, seeds, mask, cosine, indices, radii):
 def _rounds(x, k, seeds, mask, cosine, indices, radii, bounds=None, ks=()):
     """A batch, or with bounds and ks the sequences of a packed x [1, T, D]."""
     rows, N, D = x.shape
-    kind, float32 = access(x), torch.float32
+    kind, float32 = alignment_class(x), torch.float32
     programs = multiprocessors(x.device)
     B = len(ks) or rows
     M = CANDIDATES[N >= MANY_TOKENS and not ks]
@@ -510,7 +519,7 @@ def _rounds(x, k, seeds, mask, cosine, indices, radii, bounds=None, ks=()):
     )  # fmt: skip
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of what the launchers above can ask for, to be compiled without a GPU."""
     for dtype, kind, cosine in (
         (torch.bfloat16, "half", True),

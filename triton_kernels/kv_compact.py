@@ -1,4 +1,4 @@
-"""Compaction of key and value caches in Triton; _moves has the kernels and says what they cost.
+"""Compaction of key and value caches in Triton; _token_copy has the kernels and says what they cost.
 
 Caches of one layout (shape, type, strides) take one launch, those of several one each; CUDA C++ takes one for all.
     64 caches, 3072 -> 352 tokens, B 1, Hk 32, D 128, bf16, new: 369 MB, 86 us on an H200 at 4.3 TB/s; 12288 programs.
@@ -8,7 +8,7 @@ Caches of one layout (shape, type, strides) take one launch, those of several on
 
 import torch
 
-from ._moves import (
+from ._token_copy import (
     COPY_SLICE,
     SHIFT_SLICE,
     Roles,
@@ -65,7 +65,7 @@ def new_cache(cache, K):
     return cache.new_empty((B, Hk, K, D))
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every kind of configuration that the launchers can ask for, to be compiled without a GPU."""
     for kernel, most, paged in ((copy_kernel, COPY_SLICE, ()), (shift_kernel, SHIFT_SLICE, (False,))):
         for count, rank, lengths in ((8, 2, None), (64, 2, torch.int64), (192, 2, torch.int32), (64, 6, None)):

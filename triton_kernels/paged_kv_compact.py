@@ -1,4 +1,4 @@
-"""Compaction of paged caches in place in Triton; _moves has the kernel and says what it costs.
+"""Compaction of paged caches in place in Triton; _token_copy has the kernel and says what it costs.
 
 Tensors of one layout (shape, type, strides) take one launch, those of several one each; CUDA C++ takes one for all.
 Beside what kv_compact_ costs: two entries of the block table a token and slice, out of L1, and their divisions.
@@ -6,7 +6,7 @@ Beside what kv_compact_ costs: two entries of the block table a token and slice,
 
 import torch
 
-from ._moves import SHIFT_SLICE, Roles, expect, expect_apart, expect_keep, form, grouped, shift, shift_kernel
+from ._token_copy import SHIFT_SLICE, Roles, expect, expect_apart, expect_keep, form, grouped, shift, shift_kernel
 
 
 def paged_kv_compact_(pages, block_table, keep, lengths, layout):
@@ -36,7 +36,7 @@ def _page_size(own, keep, layout):
     return own.shape[token]
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every kind of configuration that the launcher can ask for, to be compiled without a GPU."""
     for count, rank, lengths in ((8, 2, torch.int32), (64, 2, torch.int64), (192, 6, torch.int32)):
         yield shift_kernel, form(SHIFT_SLICE, 16, 256, count, rank, lengths, True)

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, TYPES, Form, cdiv, kernel, on
-from ._shared import INF, LARGEST_SQUARE, SMALLEST_SQUARE, access, row_sums
+from ._launch import INTERPRETED, TYPES, Specialization, cdiv, device_guard, kernel
+from ._shared import INF, LARGEST_SQUARE, SMALLEST_SQUARE, alignment_class, row_sums
 
 FEW_PIVOTS = 16  # the narrowest tile of a tensor-core product
 FEW_TOKENS = 16384  # up to this many in all, small tiles spread them over more programs
@@ -48,7 +48,7 @@ def _form(dtype, aligned, few, many_tokens, reduce, has_mask, varlen):
     width, options = _tiles(dtype.itemsize, aligned, few, many_tokens)
     types = {"x": TYPES[dtype], "mask": "*u8" if has_mask else None, "bounds": "*i64" if varlen else None}
     constants = {"REDUCE": REDUCTIONS.index(reduce), "HAS_MASK": has_mask, "VARLEN": varlen, **width}
-    return Form(types, constants, options, ("x", "stride_b", "stride_n", "D") if aligned else ())
+    return Specialization(types, constants, options, ("x", "stride_b", "stride_n", "D") if aligned else ())
 
 
 _STRIDES = dict.fromkeys(("stride_b", "stride_n", "pivots_b", "pivots_p", "mask_b", "mask_n"), "i64")
@@ -144,11 +144,11 @@ def pivot_cosine(x, cu_seqlens, pivots, mask, reduce):
         return out
     x = x.float() if INTERPRETED else x  # the interpreter's bfloat16 products are wrong
     few, many_tokens = P <= FEW_PIVOTS, rows * N > FEW_TOKENS
-    aligned = access(x) != "unaligned"
+    aligned = alignment_class(x) != "unaligned"
     block = _block_n(aligned, few, many_tokens)
     programs = rows * cdiv(N, block) if cu_seqlens is None else N // block + B
     form = x.dtype, aligned, few, many_tokens, reduce, mask is not None, cu_seqlens is not None
-    with on(x):
+    with device_guard(x):
         _pivot_cosine_kernel(
             form, (programs, 1, 1), x, pivots, mask, cu_seqlens, out,
             x.stride(0), x.stride(1), *pivots.stride(), *((0, 0) if mask is None else mask.stride()), B, N, P, D,
@@ -156,7 +156,7 @@ def pivot_cosine(x, cu_seqlens, pivots, mask, reduce):
     return out
 
 
-def compile_forms():
+def specializations():
     """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
     for dtype, aligned, few, many in itertools.product(
         (torch.bfloat16, torch.float16, torch.float32), *[(True, False)] * 3

@@ -11,9 +11,9 @@ import torch
 
 import pruneops
 
+from ..baselines import assign_ranks as baselines
 from ..common import NAMES, TOLERANCE, as_reference
 from ..harness import capture, compiled
-from ..peers import assign_ranks as peers
 from ..registry import Case, Cost, Operator, Peer
 from .exclusive_bottomk import replay
 
@@ -95,11 +95,11 @@ def _prepare(form):
 
 
 def _prepare_compiled(case, arguments):
-    return _prepare(functools.partial(peers.loop, step=compiled(peers.step, dynamic=False)))(case, arguments)
+    return _prepare(functools.partial(baselines.loop, step=compiled(baselines.step, dynamic=False)))(case, arguments)
 
 
 def _prepare_graph(case, arguments):
-    return capture(_prepare(peers.loop)(case, arguments))
+    return capture(_prepare(baselines.loop)(case, arguments))
 
 
 def sanitize(device):
@@ -136,8 +136,8 @@ OPERATOR = Operator(
     cost=cost,
     reference_seconds=_reference_seconds,
     peers={
-        "loop": Peer(_prepare(peers.loop), _seconds),
-        "loop_item": Peer(_prepare(peers.loop_item), _item_seconds),
+        "loop": Peer(_prepare(baselines.loop), _seconds),
+        "loop_item": Peer(_prepare(baselines.loop_item), _item_seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
         "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },

@@ -12,9 +12,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import pruneops
 
+from ..baselines import attention as baselines
 from ..common import NAMES, TOLERANCE, as_reference
 from ..harness import capture, compiled
-from ..peers import attention as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 
 GROUPS = 3  # system prompt, image, question
@@ -224,7 +224,7 @@ def live_rows(case, arguments):
 
 def prepare_forward(case, arguments):
     causal = case.sizes["causal"] and case.sizes["Sq"] > 1  # the first query would see only the first key
-    return lambda: peers.forward(arguments["query"], arguments["key"], causal)
+    return lambda: baselines.forward(arguments["query"], arguments["key"], causal)
 
 
 def _grouped(case, arguments, width):
@@ -236,7 +236,7 @@ def _grouped(case, arguments, width):
 def _prepare_materialised(case, arguments):
     query, key, mask = live_rows(case, arguments)
     groups = _grouped(case, arguments, GROUPS)
-    return lambda: peers.materialised(query, key, *groups, mask)
+    return lambda: baselines.materialised(query, key, *groups, mask)
 
 
 def _prepare_one_hot(case, arguments):
@@ -244,7 +244,7 @@ def _prepare_one_hot(case, arguments):
     from_group, value = _grouped(case, arguments, case.sizes["D"])
     causal = mask is not None and query.shape[2] == key.shape[2]
     value, mask = value.expand(key.shape), None if causal else mask
-    return lambda: peers.one_hot(query, key, from_group, value, mask, causal)
+    return lambda: baselines.one_hot(query, key, from_group, value, mask, causal)
 
 
 def _prepare_graph(case, arguments):
@@ -260,7 +260,7 @@ def _prepare_flex(case, arguments):
         block_mask = create_block_mask(
             lambda b, h, i, j: j <= i + first, None, None, query.shape[2], key.shape[2], device=query.device
         )
-    form = compiled(peers.flex, dynamic=False)
+    form = compiled(baselines.flex, dynamic=False)
     return lambda: form(query, key, from_group, value, block_mask)
 
 

@@ -10,9 +10,9 @@ import torch
 
 import pruneops
 
+from ..baselines import attention as baselines
 from ..common import NAMES, TOLERANCE, as_reference
 from ..harness import capture
-from ..peers import attention as peers
 from ..registry import Check, Operator, Peer
 from .attention_mass import (
     TEXT,
@@ -98,7 +98,7 @@ def cost(case):
 
 def _prepare_column_sum(case, arguments):
     rows = live_rows(case, arguments)
-    return lambda: peers.column_sum(*rows)
+    return lambda: baselines.column_sum(*rows)
 
 
 def _prepare_graph(case, arguments):

@@ -10,9 +10,9 @@ import torch
 
 import pruneops
 
+from ..baselines import exclusive_bottomk as baselines
 from ..common import NAMES, SHARE, TOLERANCE, as_reference, features, signs
 from ..harness import capture, compiled
-from ..peers import exclusive_bottomk as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 from .pivot_cosine import cosines, pivot_tokens
 
@@ -176,11 +176,11 @@ def _prepare(from_scores, from_features):
     return prepare
 
 
-_prepare_eager = _prepare(peers.choose, peers.features_choose)
+_prepare_eager = _prepare(baselines.choose, baselines.features_choose)
 
 
 def _prepare_compiled(case, arguments):
-    return _prepare(compiled(peers.choose), compiled(peers.features_choose))(case, arguments)
+    return _prepare(compiled(baselines.choose), compiled(baselines.features_choose))(case, arguments)
 
 
 def _prepare_graph(case, arguments):
@@ -242,7 +242,7 @@ OPERATOR = Operator(
     reference_seconds=_reference_seconds,
     peers={
         "topk": Peer(_prepare_eager, _seconds),
-        "host_loop": Peer(_prepare(peers.host_choose, peers.host_features_choose), _host_seconds),
+        "host_loop": Peer(_prepare(baselines.host_choose, baselines.host_features_choose), _host_seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
         "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },

@@ -11,9 +11,9 @@ import torch
 
 import pruneops
 
+from ..baselines import token_copy as baselines
 from ..common import NAMES, SHARE, as_reference
 from ..harness import capture, compiled
-from ..peers import moves as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 from .kv_compact import as_bytes, ascending, copy_seconds, laid_out, moved_seconds, on_card
 
@@ -73,7 +73,7 @@ def check(case, arguments, result, expected, precision):
     """Every bit is in its place."""
     if result is None:
         return Check(True, "a yardstick")
-    truth = peers.tokens_gather(**arguments)
+    truth = baselines.tokens_gather(**arguments)
     shapes = [list(tensor.shape) for tensor in result]
     if shapes != [list(tensor.shape) for tensor in truth]:
         return Check(False, f"WRONG: of shapes {shapes}")
@@ -106,17 +106,17 @@ def _prepare(form):
 
 
 def _prepare_compiled(case, arguments):
-    return _prepare(compiled(peers.tokens_index_select, dynamic=False))(case, arguments)
+    return _prepare(compiled(baselines.tokens_index_select, dynamic=False))(case, arguments)
 
 
 def _prepare_graph(case, arguments):
-    return capture(_prepare(peers.tokens_index_select)(case, arguments))
+    return capture(_prepare(baselines.tokens_index_select)(case, arguments))
 
 
 def _prepare_copy(case, arguments):
     counts = map(math.prod, _shapes(case.sizes, case.sizes["K"]))
     sources = [tensor.view(-1)[:count] for tensor, count in zip(arguments["tensors"], counts)]
-    return on_card(lambda: peers.copy(sources), sources[0])
+    return on_card(lambda: baselines.copy(sources), sources[0])
 
 
 def sanitize(device):
@@ -176,8 +176,8 @@ OPERATOR = Operator(
     reference_seconds=_seconds,
     peers={
         "copy": Peer(_prepare_copy, lambda case, ceilings: copy_seconds(case, ceilings, cost)),
-        "index_select": Peer(_prepare(peers.tokens_index_select), _seconds),
-        "gather": Peer(_prepare(peers.tokens_gather), _gather_seconds),
+        "index_select": Peer(_prepare(baselines.tokens_index_select), _seconds),
+        "gather": Peer(_prepare(baselines.tokens_gather), _gather_seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
         "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },

@@ -11,9 +11,9 @@ import torch
 
 import pruneops
 
+from ..baselines import kcenter as baselines
 from ..common import NAMES, SHARE, TOLERANCE, VARLEN, as_reference, features, signs
 from ..harness import capture, compiled
-from ..peers import kcenter as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 
 POWERS_OF_FOUR = (16, 64, 256, 1024, 4096)
@@ -186,12 +186,12 @@ def _prepare(form):
 
 
 def _prepare_compiled(case, arguments):
-    step = compiled(peers.step, dynamic=False)
-    return _prepare(functools.partial(peers.loop, step=step))(case, arguments)
+    step = compiled(baselines.step, dynamic=False)
+    return _prepare(functools.partial(baselines.loop, step=step))(case, arguments)
 
 
 def _prepare_graph(case, arguments):
-    return capture(_prepare(peers.loop)(case, arguments))
+    return capture(_prepare(baselines.loop)(case, arguments))
 
 
 def sanitize(device):
@@ -244,11 +244,11 @@ OPERATOR = Operator(
     cost=cost,
     reference_seconds=_reference_seconds,
     peers={
-        "loop": Peer(_prepare(peers.loop), _loop_seconds),
-        "loop_item": Peer(_prepare(peers.loop_item), _item_seconds),
+        "loop": Peer(_prepare(baselines.loop), _loop_seconds),
+        "loop_item": Peer(_prepare(baselines.loop_item), _item_seconds),
         "compiled": Peer(_prepare_compiled, _loop_seconds, compiles=True),
         "graph": Peer(_prepare_graph, _loop_seconds, devices=("cuda",)),
-        "n_by_n": Peer(_prepare(peers.n_by_n), _n_by_n_seconds),
+        "n_by_n": Peer(_prepare(baselines.n_by_n), _n_by_n_seconds),
     },
     sanitize=sanitize,
 )

@@ -12,9 +12,9 @@ import torch
 import pruneops
 from pruneops import backends
 
+from ..baselines import token_copy as baselines
 from ..common import NAMES, as_reference
 from ..harness import capture, compiled
-from ..peers import moves as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 
 BITS = {2: torch.int16, 4: torch.int32}
@@ -181,7 +181,7 @@ def check(case, arguments, result, expected, precision):
 
     def after(times):
         source = origins(keep, case.sizes["S"], times) if case.sizes["in_place"] else keep
-        return peers.gather([contents.base], source)[0]
+        return baselines.gather([contents.base], source)[0]
 
     return contents.verdict(result, after)
 
@@ -220,11 +220,13 @@ def _prepare(new, in_place):
     return prepare
 
 
-_prepare_index_select = _prepare(peers.index_select, peers.index_select_)
+_prepare_index_select = _prepare(baselines.index_select, baselines.index_select_)
 
 
 def _prepare_compiled(case, arguments):
-    forms = (layers_compiled(form, arguments["keep"].device) for form in (peers.index_select, peers.index_select_))
+    forms = (
+        layers_compiled(form, arguments["keep"].device) for form in (baselines.index_select, baselines.index_select_)
+    )
     return on_card(_prepare(*forms)(case, arguments), arguments["keep"])
 
 
@@ -245,7 +247,7 @@ def _prepare_copy(case, arguments):
     B, Hk, K, D = (case.sizes[key] for key in ("B", "Hk", "K", "D"))
     sources = [cache.view(-1)[: B * Hk * K * D] for cache in arguments["contents"].tensors]
     targets = [torch.zeros_like(source) for source in sources] if case.sizes["in_place"] else None
-    return on_card(lambda: peers.copy(sources, targets), sources[0])
+    return on_card(lambda: baselines.copy(sources, targets), sources[0])
 
 
 def on_card(call, tensor):
@@ -331,7 +333,7 @@ OPERATOR = Operator(
     peers={
         "copy": Peer(_prepare_copy, copy_seconds),
         "index_select": Peer(_prepare_index_select, moved_seconds),
-        "gather": Peer(_prepare(peers.gather, peers.gather_), _gather_seconds),
+        "gather": Peer(_prepare(baselines.gather, baselines.gather_), _gather_seconds),
         "graph": Peer(_prepare_graph, moved_seconds, devices=("cuda",)),
         "compiled": Peer(_prepare_compiled, moved_seconds, compiles=True),
     },

@@ -10,9 +10,9 @@ import torch
 
 import pruneops
 
+from ..baselines import token_copy as baselines
 from ..common import NAMES, as_reference
 from ..harness import capture
-from ..peers import moves as peers
 from ..registry import Case, Cost, Operator, Peer
 from .kv_compact import (
     Contents,
@@ -80,8 +80,8 @@ def check(case, arguments, result, expected, precision):
 
     def after(times):
         capacity = table.shape[1] * case.sizes["page"]
-        source = peers.slots(contents.base, table, origins(keep, capacity, times))
-        target = peers.slots(contents.base, table, torch.arange(capacity, device=keep.device).expand(len(keep), -1))
+        source = baselines.slots(contents.base, table, origins(keep, capacity, times))
+        target = baselines.slots(contents.base, table, torch.arange(capacity, device=keep.device).expand(len(keep), -1))
         return contents.base.index_put(target, contents.base[source])
 
     return contents.verdict(result, after)
@@ -105,19 +105,19 @@ def _prepare(form):
 
 
 def _prepare_compiled(case, arguments):
-    form = layers_compiled(peers.paged_index_select_, arguments["keep"].device)
+    form = layers_compiled(baselines.paged_index_select_, arguments["keep"].device)
     return on_card(_prepare(form)(case, arguments), arguments["keep"])
 
 
 def _prepare_graph(case, arguments):
-    return capture(_prepare(peers.paged_index_select_)(case, arguments))
+    return capture(_prepare(baselines.paged_index_select_)(case, arguments))
 
 
 def _prepare_copy(case, arguments):
     B, Hk, K, D = (case.sizes[key] for key in ("B", "Hk", "K", "D"))
     sources = [tensor.view(-1)[: B * Hk * K * D] for tensor in arguments["contents"].tensors]
     targets = [torch.zeros_like(source) for source in sources]
-    return on_card(lambda: peers.copy(sources, targets), sources[0])
+    return on_card(lambda: baselines.copy(sources, targets), sources[0])
 
 
 def sanitize(device):
@@ -169,8 +169,8 @@ OPERATOR = Operator(
     reference_seconds=_seconds,
     peers={
         "copy": Peer(_prepare_copy, lambda case, ceilings: copy_seconds(case, ceilings, cost)),
-        "index_select": Peer(_prepare(peers.paged_index_select_), _seconds),
-        "indexing": Peer(_prepare(peers.paged_indexing_), _seconds),
+        "index_select": Peer(_prepare(baselines.paged_index_select_), _seconds),
+        "indexing": Peer(_prepare(baselines.paged_indexing_), _seconds),
         "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
         "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
     },

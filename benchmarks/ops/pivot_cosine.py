@@ -10,9 +10,9 @@ import torch
 
 import pruneops
 
+from ..baselines import pivot_cosine as baselines
 from ..common import NAMES, TOLERANCE, VARLEN, as_reference, features, signs
 from ..harness import capture, compiled
-from ..peers import pivot_cosine as peers
 from ..registry import Case, Check, Cost, Operator, Peer
 
 
@@ -172,11 +172,11 @@ def _prepare(form):
 
 
 def _prepare_compiled(case, arguments):
-    return _prepare(compiled(peers.normalized))(case, arguments)
+    return _prepare(compiled(baselines.normalized))(case, arguments)
 
 
 def _prepare_graph(case, arguments):
-    return capture(_prepare(peers.normalized)(case, arguments))
+    return capture(_prepare(baselines.normalized)(case, arguments))
 
 
 def sanitize(device):
@@ -236,8 +236,8 @@ OPERATOR = Operator(
     cost=cost,
     reference_seconds=_reference_seconds,
     peers={
-        "normalized": Peer(_prepare(peers.normalized), _normalized_seconds),
-        "per_pivot": Peer(_prepare(peers.per_pivot), _per_pivot_seconds),
+        "normalized": Peer(_prepare(baselines.normalized), _normalized_seconds),
+        "per_pivot": Peer(_prepare(baselines.per_pivot), _per_pivot_seconds),
         "graph": Peer(_prepare_graph, _normalized_seconds, devices=("cuda",)),
         "compiled": Peer(_prepare_compiled, _normalized_seconds, compiles=True),
     },

@@ -1,5 +1,5 @@
 """Random calls of every operator, held to float64 oracles for as long as told: `python -m benchmarks.soak`."""
 
-from . import attention, cosines, moves, selections
+from . import attention, cosines, selections, token_copy
 
-SOAKS = {**selections.SOAKS, **cosines.SOAKS, **attention.SOAKS, **moves.SOAKS}
+SOAKS = {**selections.SOAKS, **cosines.SOAKS, **attention.SOAKS, **token_copy.SOAKS}

@@ -1,7 +1,7 @@
 // Exclusive bottom-k: row after row takes its lowest tokens among those nobody has taken.
 //
 // A row is scanned once, in vectors. Only tokens below a bound, the greatest of the lowest so far, become keys, so that
-// nearly all vectors cost one comparison (see lowest.h).
+// nearly all vectors cost one comparison (see bottomk.h).
 //
 // Cost per batch row: P N scores read once, O(P N + K log K) operations for K taken, 4 N bytes for what is taken. One
 // core, P 8: N 576, 64 taken: 8 us; N 2880, 288 taken: 18 us (topk and scatter: 145 us), 1.5 % of the time that the
@@ -19,7 +19,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/lowest.h"
+#include "cpu/bottomk.h"
 #include "cpu/pivot_cosine.h"
 #include "cpu/tokens.h"
 

@@ -1,8 +1,8 @@
-// Some of the tokens of tensors of any shape; see cpu/moving.cpp.
+// Some of the tokens of tensors of any shape; see cpu/token_copy.cpp.
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/moving.h"
+#include "cpu/token_copy.h"
 
 namespace pruneops {
 namespace {

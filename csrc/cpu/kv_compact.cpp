@@ -1,8 +1,8 @@
-// Keeping some of the tokens of caches, in new tensors or in place; see cpu/moving.cpp.
+// Keeping some of the tokens of caches, in new tensors or in place; see cpu/token_copy.cpp.
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/moving.h"
+#include "cpu/token_copy.h"
 
 namespace pruneops {
 namespace {
@@ -18,7 +18,7 @@ int64_t fewest_positions(const Tensors& caches) {
 
 Tensors kv_compact(Tensors caches, Tensor keep, std::optional<Tensor> lengths) {
   expect_caches(caches, keep, false);
-  Tensors results = moves::new_caches(caches, keep.size(keep.dim() - 1));
+  Tensors results = token_copy::new_caches(caches, keep.size(keep.dim() - 1));
   const Plan plan = plan_compact(caches, results, keep, lengths, false);
   expect_values(plan, keep, fewest_positions(caches));
   run(plan);

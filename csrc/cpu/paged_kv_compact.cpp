@@ -1,8 +1,8 @@
-// Keeping some of the tokens of paged caches, in place; see cpu/moving.cpp.
+// Keeping some of the tokens of paged caches, in place; see cpu/token_copy.cpp.
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/moving.h"
+#include "cpu/token_copy.h"
 
 namespace pruneops {
 namespace {
@@ -39,10 +39,10 @@ void expect_blocks(const Tensors& pages, const Plan& plan, const Tensor& block_t
     }
     for (int64_t block = 0; block * positions.page <= last; ++block) {
       const int64_t page = positions.table[b * positions.table_batch + block * positions.table_block];
-      moves::expect(0 <= page && page < count, "a page is out of range");
+      token_copy::expect(0 <= page && page < count, "a page is out of range");
       const int64_t begin = block * positions.page, end = begin + positions.page;
       const bool moved_to = std::max(begin, stay) < std::min(end, length);
-      moves::expect(!used[page] || !(moved_to || written[page]), "a page that tokens move to serves two places");
+      token_copy::expect(!used[page] || !(moved_to || written[page]), "a page that tokens move to serves two places");
       used[page] = true;
       if (moved_to) written[page] = true;
     }

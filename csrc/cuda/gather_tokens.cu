@@ -1,7 +1,7 @@
-// Some of the tokens of tensors of any shape on CUDA; cuda/moves.cuh says how and what it costs.
+// Some of the tokens of tensors of any shape on CUDA; cuda/token_copy.cuh says how and what it costs.
 // pruneops/reference/gather_tokens.py is the specification.
 
-#include "cuda/moves_launch.cuh"
+#include "cuda/token_copy_launch.cuh"
 
 namespace pruneops {
 namespace {

@@ -8,7 +8,7 @@
 #include "cuda/keys.cuh"
 #include "cuda/primitives.cuh"
 #include "cuda/similarity.cuh"
-#include "cuda/team.cuh"
+#include "cuda/block_group.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/views.cuh"
 

@@ -1,7 +1,7 @@
-// Keeping some of the tokens of caches on CUDA, in new tensors or in place; cuda/moves.cuh says how and what it costs.
+// Keeping some of the tokens of caches on CUDA, in new tensors or in place; cuda/token_copy.cuh says how and what it costs.
 // pruneops/reference/kv_compact.py is the specification.
 
-#include "cuda/moves_launch.cuh"
+#include "cuda/token_copy_launch.cuh"
 
 namespace pruneops {
 
@@ -19,7 +19,7 @@ namespace {
 
 Tensors kv_compact(Tensors caches, Tensor keep, std::optional<Tensor> lengths) {
   expect_caches(caches, keep, false);
-  Tensors results = moves::new_caches(caches, keep.size(keep.dim() - 1));
+  Tensors results = token_copy::new_caches(caches, keep.size(keep.dim() - 1));
   run(plan_compact(caches, results, keep, lengths, false), keep);
   return results;
 }

@@ -1,14 +1,14 @@
-// Keeping some of the tokens of paged caches on CUDA, in place; cuda/moves.cuh says how and what it costs.
+// Keeping some of the tokens of paged caches on CUDA, in place; cuda/token_copy.cuh says how and what it costs.
 // pruneops/reference/paged_kv_compact.py is the specification.
 
-#include "cuda/moves_launch.cuh"
+#include "cuda/token_copy_launch.cuh"
 
 namespace pruneops {
 namespace {
 
 void paged_kv_compact_(Tensors pages, Tensor block_table, Tensor keep, Tensor lengths, bool nhd) {
   const Plan plan = plan_paged(pages, block_table, keep, lengths, nhd);
-  moves::expect(block_table.size(1) <= UINT32_MAX / plan.positions.page, "too many positions");
+  token_copy::expect(block_table.size(1) <= UINT32_MAX / plan.positions.page, "too many positions");
   run(plan, keep);
 }
 

@@ -10,8 +10,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
+from ..checks import DTYPES, check
 from ..ops import exclusive_bottomk
-from ..ops._library import DTYPES, expect, without_autocast
 
 SCHEMA = 1
 METHODS = {}  # name -> class
@@ -112,7 +113,7 @@ class Method:
 
     def layers(self, count):
         """The layers, ascending from 0, of a decoder of `count` layers at whose input it prunes."""
-        expect(is_int(count) and count >= 1, self._who, "count", repr(count), "an int of at least 1")
+        check(is_int(count) and count >= 1, self._who, "count", repr(count), "an int of at least 1")
         return self._layers(count)
 
     @without_autocast
@@ -189,7 +190,7 @@ class Method:
     def from_json(cls, text):
         """The method that `to_json` wrote; on a subclass, a method of that class. See the function `from_json`."""
         method = from_json(text)
-        expect(isinstance(method, cls), f"methods.{cls.__name__}.from_json", "method", repr(method.name), _named(cls))
+        check(isinstance(method, cls), f"methods.{cls.__name__}.from_json", "method", repr(method.name), _named(cls))
         return method
 
     @property
@@ -211,37 +212,37 @@ class Method:
     def _at_layer(self, row):
         raise NotImplementedError
 
-    def _expect(self, setting, fits, expected):
-        expect(fits, self._who, setting, repr(getattr(self, setting)), expected)
+    def _check_setting(self, setting, fits, expected):
+        check(fits, self._who, setting, repr(getattr(self, setting)), expected)
 
     def _check_layer(self):
-        self._expect("layer", is_int(self.layer) and self.layer >= 1, "an int of at least 1")
+        self._check_setting("layer", is_int(self.layer) and self.layer >= 1, "an int of at least 1")
 
     def _one_layer(self, count):
-        expect(self.layer < count, self._who, "layer", self.layer, f"one of the decoder's layers, 0 to {count - 1}")
+        check(self.layer < count, self._who, "layer", self.layer, f"one of the decoder's layers, 0 to {count - 1}")
         return (self.layer,)
 
     def _check_row(self, row):
         visual = row.visual
-        expect(row.hidden.dim() == 2, self._who, "row.hidden", _described(row.hidden), "of shape [S, D]")
+        check(row.hidden.dim() == 2, self._who, "row.hidden", _described(row.hidden), "of shape [S, D]")
         length = row.hidden.shape[0]
         for name in sorted(self.needs):
-            expect(getattr(row, name) is not None, self._who, f"row.{name}", None, "given: this method reads it")
+            check(getattr(row, name) is not None, self._who, f"row.{name}", None, "given: this method reads it")
         for name in ("query", "key"):
             tensor = getattr(row, name)
             if name in self.needs:
                 fits = tensor.dim() == 3 and tensor.shape[1] == length
-                expect(fits, self._who, f"row.{name}", f"of shape {list(tensor.shape)}", f"of shape [H, {length}, Dh]")
+                check(fits, self._who, f"row.{name}", f"of shape {list(tensor.shape)}", f"of shape [H, {length}, Dh]")
         fits = isinstance(visual, Tensor) and visual.dim() == 1 and visual.dtype == torch.int64
-        expect(fits, self._who, "row.visual", _described(visual), "int64 of rank 1")
+        check(fits, self._who, "row.visual", _described(visual), "int64 of rank 1")
         ends = [0, *(end for _, end in row.images)]
         fits = [start for start, _ in row.images] == ends[:-1] and ends == sorted(ends) and ends[-1] == len(visual)
         wanted = f"one range after another from 0 to the {len(visual)} visual tokens"
-        expect(fits, self._who, "row.images", list(row.images), wanted)
+        check(fits, self._who, "row.images", list(row.images), wanted)
         fits = len(row.sizes) == len(row.images) and all(
             size >= end - start for size, (start, end) in zip(row.sizes, row.images)
         )
-        expect(fits, self._who, "row.sizes", list(row.sizes), "one an image, no less than the tokens still there")
+        check(fits, self._who, "row.sizes", list(row.sizes), "one an image, no less than the tokens still there")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +260,7 @@ class Budgeted(Method):
     def __post_init__(self):
         share = isinstance(self.keep, float) and 0 < self.keep <= 1
         count = is_int(self.keep) and self.keep >= 1
-        self._expect("keep", share or count, "a share (float) in (0, 1] or a count (int) of at least 1")
+        self._check_setting("keep", share or count, "a share (float) in (0, 1] or a count (int) of at least 1")
 
     def budget(self, tokens):
         """How many of an image's tokens are kept.
@@ -267,7 +268,7 @@ class Budgeted(Method):
         A count is capped at `tokens`. A share is taken exactly as it prints (0.1 is one tenth) and its product with
         `tokens` rounded to the nearest integer, halves up; at least 1 of an image that has any.
         """
-        expect(is_int(tokens) and tokens >= 0, self._who, "tokens", repr(tokens), "an int of at least 0")
+        check(is_int(tokens) and tokens >= 0, self._who, "tokens", repr(tokens), "an int of at least 0")
         k = self.keep if is_int(self.keep) else math.floor(part_of(self.keep, tokens) + Fraction(1, 2))
         return min(max(k, 1), tokens)
 
@@ -307,17 +308,17 @@ def from_json(text):
         settings = json.loads(text)
     except (TypeError, ValueError) as error:
         raise ValueError(f"pruneops.{who}: text must be JSON: {error}") from None
-    expect(isinstance(settings, dict), who, "text", type(settings).__name__, "a JSON object")
+    check(isinstance(settings, dict), who, "text", type(settings).__name__, "a JSON object")
     schema, name = settings.pop("schema", None), settings.pop("method", None)
-    expect(is_int(schema) and schema == SCHEMA, who, "schema", repr(schema), f"{SCHEMA}, the only one so far")
-    expect(isinstance(name, str) and name in METHODS, who, "method", repr(name), f"one of {', '.join(sorted(METHODS))}")
+    check(is_int(schema) and schema == SCHEMA, who, "schema", repr(schema), f"{SCHEMA}, the only one so far")
+    check(isinstance(name, str) and name in METHODS, who, "method", repr(name), f"one of {', '.join(sorted(METHODS))}")
     fields = dataclasses.fields(METHODS[name])
     known = [field.name for field in fields]
     for setting in settings:
-        expect(setting in known, who, "setting", repr(setting), f"one of {name}'s: {', '.join(known)}")
+        check(setting in known, who, "setting", repr(setting), f"one of {name}'s: {', '.join(known)}")
     for field in fields:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        expect(not required or field.name in settings, who, field.name, "nothing", f"given for {name}")
+        check(not required or field.name in settings, who, field.name, "nothing", f"given for {name}")
     return METHODS[name](**settings)
 
 
@@ -345,8 +346,8 @@ def largest(scores, k):
     -------
     Tensor [B, k] or [k], int64
     """
-    expect(scores.dim() in (1, 2), "methods", "scores", f"of shape {list(scores.shape)}", "of shape [.., n]")
-    expect(0 <= k <= scores.shape[-1], "methods", "k", k, f"0 to the {scores.shape[-1]} tokens")
+    check(scores.dim() in (1, 2), "methods", "scores", f"of shape {list(scores.shape)}", "of shape [.., n]")
+    check(0 <= k <= scores.shape[-1], "methods", "k", k, f"0 to the {scores.shape[-1]} tokens")
     if k == 0:
         return scores.new_empty((*scores.shape[:-1], 0), dtype=torch.int64)
     return exclusive_bottomk(-scores.float().unsqueeze(-2), [k]).sort(-1).values
@@ -372,10 +373,10 @@ def uploaded(tensor, device):
 def check_features(who, features, k=None):
     """features [n, D] or [B, n, D]; with k, 1 <= k <= n."""
     fits = isinstance(features, Tensor) and features.dim() in (2, 3) and features.dtype in DTYPES
-    expect(fits, who, "features", _described(features), "float32, float16 or bfloat16 of shape [.., n, D]")
+    check(fits, who, "features", _described(features), "float32, float16 or bfloat16 of shape [.., n, D]")
     if k is not None:
         tokens = features.shape[-2]
-        expect(is_int(k) and 1 <= k <= tokens, who, "k", k, f"1 to the {tokens} tokens")
+        check(is_int(k) and 1 <= k <= tokens, who, "k", k, f"1 to the {tokens} tokens")
 
 
 def check_image(who, image):
@@ -386,14 +387,14 @@ def check_image(who, image):
     if attention is not None:
         shape = list(features.shape[:-1])
         fits = isinstance(attention, Tensor) and list(attention.shape) == shape and attention.is_floating_point()
-        expect(fits, who, "image.cls_attention", _described(attention), f"float of shape {shape}")
+        check(fits, who, "image.cls_attention", _described(attention), f"float of shape {shape}")
     if thumbnail is not None:
         fits = len(thumbnail) == 2 and 0 <= thumbnail[0] < thumbnail[1] <= tokens
-        expect(fits, who, "image.thumbnail", thumbnail, f"(start, end) of some of the {tokens} tokens")
+        check(fits, who, "image.thumbnail", thumbnail, f"(start, end) of some of the {tokens} tokens")
     if frames is not None:
         fits = is_int(frames) and frames >= 1 and tokens % frames == 0
-        expect(fits, who, "image.frames", frames, f"a divisor of the {tokens} tokens")
-    expect(is_int(index) and index >= 0, who, "image.index", repr(index), "an int of at least 0")
+        check(fits, who, "image.frames", frames, f"a divisor of the {tokens} tokens")
+    check(is_int(index) and index >= 0, who, "image.index", repr(index), "an int of at least 0")
 
 
 def is_int(value):

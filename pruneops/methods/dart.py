@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
+from ..autocast import without_autocast
+from ..checks import check
 from ..ops import pivot_bottomk
-from ..ops._library import expect, without_autocast
 from ._base import Budgeted, check_features, is_int, part_of
 
 COMPAT = ("paper", "official")
@@ -52,11 +53,11 @@ class DART(Budgeted):
         self._check_layer()
         for setting in ("image_pivots", "text_pivots"):
             value = getattr(self, setting)
-            self._expect(setting, is_int(value) and value >= 0, "an int of at least 0")
+            self._check_setting(setting, is_int(value) and value >= 0, "an int of at least 0")
         pivots = self.image_pivots + self.text_pivots
         fits = 1 <= pivots <= MOST_PIVOTS
-        expect(fits, self._who, "image_pivots + text_pivots", pivots, f"1 to {MOST_PIVOTS}")
-        self._expect("compat", self.compat in COMPAT, f"one of {COMPAT}")
+        check(fits, self._who, "image_pivots + text_pivots", pivots, f"1 to {MOST_PIVOTS}")
+        self._check_setting("compat", self.compat in COMPAT, f"one of {COMPAT}")
 
     @property
     def needs(self):
@@ -147,17 +148,17 @@ def dart_select(features, norms, k, *, text=None, text_norms=None, image_pivots=
     """
     who = "methods.dart_select"
     check_features(who, features, k)
-    expect(compat in COMPAT, who, "compat", repr(compat), f"one of {COMPAT}")
+    check(compat in COMPAT, who, "compat", repr(compat), f"one of {COMPAT}")
     counts = image_pivots, text_pivots
     fits = all(is_int(count) and count >= 0 for count in counts) and 1 <= sum(counts) <= MOST_PIVOTS
-    expect(fits, who, "image_pivots, text_pivots", counts, f"at least 0, together 1 to {MOST_PIVOTS}")
+    check(fits, who, "image_pivots, text_pivots", counts, f"at least 0, together 1 to {MOST_PIVOTS}")
     _check_norms(who, "norms", norms, features)
-    expect((text is None) == (text_norms is None), who, "text_norms", "alone", "given with text")
+    check((text is None) == (text_norms is None), who, "text_norms", "alone", "given with text")
     batch, width = features.shape[:-2], features.shape[-1]
     if text is None:
         text, text_norms = features.new_empty(*batch, 0, width), norms.new_empty(*batch, 0)
     fits = text.dim() == features.dim() and text.shape[:-2] == batch and text.shape[-1] == width
-    expect(fits, who, "text", f"of shape {list(text.shape)}", f"of shape {[*batch, 'm', width]}")
+    check(fits, who, "text", f"of shape {list(text.shape)}", f"of shape {[*batch, 'm', width]}")
     _check_norms(who, "text_norms", text_norms, text)
 
     said = _ranked(text_norms, text_pivots)
@@ -204,4 +205,4 @@ def _ranked(norms, count):
 def _check_norms(who, argument, norms, features):
     shape = list(features.shape[:-1])
     fits = list(norms.shape) == shape and norms.is_floating_point()
-    expect(fits, who, argument, f"{norms.dtype} of shape {list(norms.shape)}", f"float of shape {shape}")
+    check(fits, who, argument, f"{norms.dtype} of shape {list(norms.shape)}", f"float of shape {shape}")

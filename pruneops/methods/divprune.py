@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
+from ..autocast import without_autocast
 from ..ops import kcenter
-from ..ops._library import without_autocast
 from ._base import Budgeted, check_features
 
 BLOCK = 2**20  # similarities held at a time

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from ..autocast import without_autocast
+from ..checks import check
 from ..ops import attention_received
-from ..ops._library import expect, without_autocast
 from ._base import Budgeted, largest
 
 
@@ -39,7 +40,7 @@ class FasterVLM(Budgeted):
 
     def _select(self, image, k):
         given = image.cls_attention is not None
-        expect(given, self._who, "image.cls_attention", None, "given: this method chooses by it")
+        check(given, self._who, "image.cls_attention", None, "given: this method chooses by it")
         return fastervlm_select(image.cls_attention, k)
 
 
@@ -73,7 +74,7 @@ def cls_attention(query, key, *, cls=0, scale=None):
         As `pruneops.attention_received`, and if `cls` is no position.
     """
     tokens = query.shape[-2]
-    expect(-tokens <= cls < tokens, "methods.cls_attention", "cls", cls, f"one of the {tokens} positions")
+    check(-tokens <= cls < tokens, "methods.cls_attention", "cls", cls, f"one of the {tokens} positions")
     cls %= tokens
     received = attention_received(query[..., cls : cls + 1, :], key, causal=False, scale=scale).mean(-2)
     return torch.cat([received[..., :cls], received[..., cls + 1 :]], -1)

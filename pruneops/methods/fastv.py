@@ -6,8 +6,9 @@ One row of attention, or all of them summed on the fly (`pruneops.attention_rece
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..autocast import without_autocast
+from ..checks import check
 from ..ops import attention_received
-from ..ops._library import expect, without_autocast
 from ._base import Budgeted, largest
 
 ROWS = ("all", "last")
@@ -39,7 +40,7 @@ class FastV(Budgeted):
     def __post_init__(self):
         super().__post_init__()
         self._check_layer()
-        self._expect("rows", self.rows in ROWS, f"one of {ROWS}")
+        self._check_setting("rows", self.rows in ROWS, f"one of {ROWS}")
 
     @property
     def needs(self):
@@ -76,7 +77,7 @@ def fastv_scores(query, key, *, rows="all"):
     ValueError, TypeError
         As `pruneops.attention_received`.
     """
-    expect(rows in ROWS, "methods.fastv_scores", "rows", repr(rows), f"one of {ROWS}")
+    check(rows in ROWS, "methods.fastv_scores", "rows", repr(rows), f"one of {ROWS}")
     query = query[..., -1:, :] if rows == "last" else query
     return attention_received(query, key).mean(-2)
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ..ops._library import expect
+from ..checks import check
 from ._base import Budgeted, is_int, uploaded
 
 
@@ -28,7 +28,7 @@ class Random(Budgeted):
 
     def __post_init__(self):
         super().__post_init__()
-        self._expect("seed", is_int(self.seed) and self.seed >= 0, "an int of at least 0")
+        self._check_setting("seed", is_int(self.seed) and self.seed >= 0, "an int of at least 0")
 
     @property
     def after_projector(self):
@@ -65,7 +65,7 @@ def random_select(tokens, k, *, seed=0, index=0):
     ValueError
         If k is out of range.
     """
-    expect(0 <= k <= tokens, "methods.random_select", "k", k, f"0 to the {tokens} tokens")
+    check(0 <= k <= tokens, "methods.random_select", "k", k, f"0 to the {tokens} tokens")
     digest = hashlib.sha256(f"{seed},{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     return torch.randperm(tokens, generator=generator)[:k].sort().values

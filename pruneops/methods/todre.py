@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import torch
 
+from ..autocast import without_autocast
+from ..checks import check
 from ..ops import attention_mass, cross_modal_ratio, kcenter, kcenter_varlen
-from ..ops._library import expect, without_autocast
 from ._base import (
     Budgeted,
     Image,
@@ -61,12 +62,12 @@ class ToDRE(Budgeted):
 
     def __post_init__(self):
         super().__post_init__()
-        self._expect("pivot", self.pivot in PIVOTS, f"one of {PIVOTS}")
+        self._check_setting("pivot", self.pivot in PIVOTS, f"one of {PIVOTS}")
         fits = isinstance(self.depths, (tuple, list)) and all(map(is_share, self.depths))
-        self._expect("depths", fits, "a sequence of floats in (0, 1)")
+        self._check_setting("depths", fits, "a sequence of floats in (0, 1)")
         object.__setattr__(self, "depths", tuple(self.depths))
         number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        self._expect("tau", number and 0 <= self.tau < torch.inf, "a finite number of at least 0")
+        self._check_setting("tau", number and 0 <= self.tau < torch.inf, "a finite number of at least 0")
 
     @property
     def after_projector(self):
@@ -87,7 +88,7 @@ class ToDRE(Budgeted):
     def _pivot(self, image):
         given = image.cls_attention is not None
         missing = self.pivot == "attention" and not given
-        expect(not missing, self._who, "image.cls_attention", None, 'given, or pivot "norm" or "auto"')
+        check(not missing, self._who, "image.cls_attention", None, 'given, or pivot "norm" or "auto"')
         attention = image.cls_attention if given and self.pivot != "norm" else None
         return todre_pivot(image.features, attention, thumbnail=image.thumbnail, frames=image.frames)
 
@@ -98,7 +99,7 @@ class ToDRE(Budgeted):
         """The images that lose tokens go through one call: of `kcenter` if they are alike, else of `kcenter_varlen`."""
         for image in images:
             check_image(self._who, image)
-            expect(image.features.dim() == 2, self._who, "image.features", "a batch", "of shape [n, D]")
+            check(image.features.dim() == 2, self._who, "image.features", "a batch", "of shape [n, D]")
         sizes = [image.features.shape[0] for image in images]
         ks = [self.budget(size) for size in sizes]
         pruned = [i for i, (k, size) in enumerate(zip(ks, sizes)) if k < size]
@@ -162,7 +163,7 @@ def todre_pivot(features, attention=None, *, thumbnail=None, frames=None):
     Source: arXiv:2505.18757, section 4.1 and lines 1 to 6 of Algorithm 1.
     """
     check_image("methods.todre_pivot", Image(features, attention, thumbnail, frames))
-    expect(features.shape[-2] > 0, "methods.todre_pivot", "features", "empty", "of at least one token")
+    check(features.shape[-2] > 0, "methods.todre_pivot", "features", "empty", "of at least one token")
     scores = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32) if attention is None else attention
     start, end = (0, features.shape[-2]) if thumbnail is None else thumbnail
     return greatest(scores[..., start:end]) + start

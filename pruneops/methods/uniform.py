@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..ops._library import expect
+from ..checks import check
 from ._base import Budgeted
 
 
@@ -49,5 +49,5 @@ def uniform_select(tokens, k, *, device=None):
     ValueError
         If k is out of range.
     """
-    expect(0 <= k <= tokens, "methods.uniform_select", "k", k, f"0 to the {tokens} tokens")
+    check(0 <= k <= tokens, "methods.uniform_select", "k", k, f"0 to the {tokens} tokens")
     return (2 * torch.arange(k, device=device) + 1) * tokens // max(2 * k, 1)

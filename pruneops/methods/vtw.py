@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ops._library import expect
+from ..checks import check
 from ._base import Method, is_int, is_share, part_of
 
 
@@ -28,16 +28,16 @@ class VTW(Method):
 
     def __post_init__(self):
         fits = is_share(self.layer) or (is_int(self.layer) and self.layer >= 0)
-        self._expect("layer", fits, "an int of at least 0 or a float in (0, 1)")
+        self._check_setting("layer", fits, "an int of at least 0 or a float in (0, 1)")
 
     def budget(self, tokens):
         """0: what is left of an image from that layer on."""
-        expect(is_int(tokens) and tokens >= 0, self._who, "tokens", repr(tokens), "an int of at least 0")
+        check(is_int(tokens) and tokens >= 0, self._who, "tokens", repr(tokens), "an int of at least 0")
         return 0
 
     def _layers(self, count):
         layer = vtw_layer(count, self.layer)
-        expect(layer < count, self._who, "layer", layer, f"one of the decoder's layers, 0 to {count - 1}")
+        check(layer < count, self._who, "layer", layer, f"one of the decoder's layers, 0 to {count - 1}")
         return (layer,)
 
     def _at_layer(self, row):

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import INT, define, dense, expect, expect_floats, expect_type
+from ..checks import INT, check, check_float_tensor, check_types
+from ._library import define, last_dim_contiguous
 
-MOST_RANKS = 64
+MAX_RANKS = 64
 
 
 def assign_ranks(logits, j):
@@ -48,18 +49,18 @@ def assign_ranks(logits, j):
     >>> pruneops.assign_ranks(logits, 2)
     tensor([0, 1])
     """
-    expect_type("assign_ranks", logits=(logits, Tensor), j=(j, INT))
+    check_types("assign_ranks", logits=(logits, Tensor), j=(j, INT))
     return torch.ops.pruneops.assign_ranks(logits, j)
 
 
 def _check(logits, j):
     op = "assign_ranks"
-    expect_floats(op, "logits", logits, ranks=(2, 3), last="class")
+    check_float_tensor(op, "logits", logits, ranks=(2, 3), last="class")
     ranks, tokens = logits.shape[-1] - 1, logits.shape[-2]
-    expect(ranks <= MOST_RANKS, op, "logits", f"{ranks + 1} classes wide", f"at most {MOST_RANKS + 1} classes wide")
-    expect(j >= 1, op, "j", j, "at least 1")
-    expect(j <= ranks, op, "j", j, f"at most the {ranks} ranks of logits (the last class is 'not ranked')")
-    expect(j <= tokens, op, "j", j, f"at most the {tokens} tokens of logits")
+    check(ranks <= MAX_RANKS, op, "logits", f"{ranks + 1} classes wide", f"at most {MAX_RANKS + 1} classes wide")
+    check(j >= 1, op, "j", j, "at least 1")
+    check(j <= ranks, op, "j", j, f"at most the {ranks} ranks of logits (the last class is 'not ranked')")
+    check(j <= tokens, op, "j", j, f"at most the {tokens} tokens of logits")
 
 
 def _fake(logits, j):
@@ -68,7 +69,7 @@ def _fake(logits, j):
 
 def _batched(run):
     def call(logits, j):
-        logits = dense(logits)
+        logits = last_dim_contiguous(logits)
         return run(logits, j) if logits.dim() == 3 else run(logits[None], j)[0]
 
     return call

@@ -6,20 +6,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import (
+from ..autocast import without_autocast
+from ..checks import (
     INT,
     OPTIONAL_TENSOR,
     ArgumentTypeError,
-    define,
-    dense,
-    expect,
-    expect_companion,
-    expect_floats,
-    expect_indices,
-    expect_type,
-    is_concrete,
-    without_autocast,
+    check,
+    check_float_tensor,
+    check_indices,
+    check_tensor,
+    check_types,
+    has_values,
 )
+from ._library import define, last_dim_contiguous
 
 MOST_GROUPS = 8
 WIDEST_HEAD = 256
@@ -82,9 +81,9 @@ def attention_mass(query, key, query_group, key_group, groups, *, causal=True, s
     """
     right = isinstance(query_group, Tensor) and isinstance(key_group, Tensor) and isinstance(groups, INT)
     if not (right and softmax_types(query, key, causal, scale, lse)):
-        expect_type("attention_mass", query=(query, Tensor), key=(key, Tensor), groups=(groups, INT))
-        expect_type("attention_mass", query_group=(query_group, Tensor), key_group=(key_group, Tensor))
-        expect_softmax_types("attention_mass", causal, scale, lse)
+        check_types("attention_mass", query=(query, Tensor), key=(key, Tensor), groups=(groups, INT))
+        check_types("attention_mass", query_group=(query_group, Tensor), key_group=(key_group, Tensor))
+        check_softmax_types("attention_mass", causal, scale, lse)
     return AttentionMass(
         *torch.ops.pruneops.attention_mass(
             query, key, query_group, key_group, groups, causal=causal, scale=scale, lse=lse
@@ -114,7 +113,7 @@ def cross_modal_ratio(mass, *, text, vision):
     """
     groups = mass.shape[-1]
     for name, group in (("text", text), ("vision", vision)):
-        expect(0 <= group < groups, "cross_modal_ratio", name, group, f"a group of mass, 0 to {groups - 1}")
+        check(0 <= group < groups, "cross_modal_ratio", name, group, f"a group of mass, 0 to {groups - 1}")
     total = mass.sum(-3)  # over heads
     share = total / total.sum(-1, keepdim=True)
     share = torch.where(total == 0, 0.0, share)
@@ -141,7 +140,7 @@ def group_distribution(mass, *, query):
         Rows sum to 1; 0 where no query of the group sees a key.
     """
     groups = mass.shape[-1]
-    expect(0 <= query < groups, "group_distribution", "query", query, f"a group of mass, 0 to {groups - 1}")
+    check(0 <= query < groups, "group_distribution", "query", query, f"a group of mass, 0 to {groups - 1}")
     own = mass[..., query, :]
     return torch.where(own == 0, 0.0, own / own.sum(-1, keepdim=True))
 
@@ -152,36 +151,36 @@ def softmax_types(query, key, causal, scale, lse):
     return tensors and isinstance(causal, bool) and isinstance(scale, SCALE)
 
 
-def expect_softmax_types(op, causal, scale, lse):
+def check_softmax_types(op, causal, scale, lse):
     """Types of the options that both attention operators have."""
-    expect_type(op, causal=(causal, bool), scale=(scale, SCALE), lse=(lse, OPTIONAL_TENSOR))
+    check_types(op, causal=(causal, bool), scale=(scale, SCALE), lse=(lse, OPTIONAL_TENSOR))
 
 
-def expect_heads(op, query, key, lse):
+def check_heads(op, query, key, lse):
     """query [B, H, Sq, D], key [B, Hk, Sk, D], lse [B, H, Sq] or None; unbatched without B."""
-    expect_floats(op, "query", query, ranks=(3, 4))
+    check_float_tensor(op, "query", query, ranks=(3, 4))
     if key.dtype != query.dtype:
-        expect(False, op, "key", key.dtype, f"the dtype of query, {query.dtype}", ArgumentTypeError)
+        check(False, op, "key", key.dtype, f"the dtype of query, {query.dtype}", ArgumentTypeError)
     batch, (heads, rows, width) = tuple(query.shape[:-3]), query.shape[-3:]
-    expect_companion(op, "key", key, ("query", query), (query.dtype,), (*batch, None, None, width), "Hk, Sk")
+    check_tensor(op, "key", key, ("query", query), (query.dtype,), (*batch, None, None, width), "Hk, Sk")
     if width > WIDEST_HEAD:
-        expect(False, op, "query", f"{width} features a head", f"at most {WIDEST_HEAD} features a head")
+        check(False, op, "query", f"{width} features a head", f"at most {WIDEST_HEAD} features a head")
     key_heads = key.shape[-3]
     if key_heads == 0 or heads % key_heads:
-        expect(False, op, "key", f"of {key_heads} heads", f"of a number of heads that divides the {heads} of query")
+        check(False, op, "key", f"of {key_heads} heads", f"of a number of heads that divides the {heads} of query")
     if lse is not None:
-        expect_companion(op, "lse", lse, ("query", query), (torch.float32,), (*batch, heads, rows))
+        check_tensor(op, "lse", lse, ("query", query), (torch.float32,), (*batch, heads, rows))
 
 
 def _check(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
     op = "attention_mass"
-    expect_heads(op, query, key, lse)
+    check_heads(op, query, key, lse)
     batch = tuple(query.shape[:-3])
-    expect(1 <= groups <= MOST_GROUPS, op, "groups", groups, f"1 to {MOST_GROUPS}")
+    check(1 <= groups <= MOST_GROUPS, op, "groups", groups, f"1 to {MOST_GROUPS}")
     for name, group, tensor in (("query_group", query_group, query), ("key_group", key_group, key)):
-        expect_companion(op, name, group, ("query", query), INTEGERS, (*batch, tensor.shape[-2]))
-        if is_concrete(group):
-            expect_indices(op, name, group, -1, groups)
+        check_tensor(op, name, group, ("query", query), INTEGERS, (*batch, tensor.shape[-2]))
+        if has_values(group):
+            check_indices(op, name, group, -1, groups)
 
 
 def _fake(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
@@ -192,7 +191,7 @@ def _fake(query, key, query_group, key_group, groups, *, causal=True, scale=None
 
 def _batched(run):
     def call(query, key, query_group, key_group, groups, *, causal=True, scale=None, lse=None):
-        query, key = dense(query), dense(key)
+        query, key = last_dim_contiguous(query), last_dim_contiguous(key)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if query.dim() == 4:
             return run(query, key, query_group, key_group, groups, causal, scale, lse)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import OPTIONAL_TENSOR, define, dense, expect_companion, expect_type
-from .attention_mass import expect_heads, expect_softmax_types, rows_class, softmax_types
+from ..checks import OPTIONAL_TENSOR, check_tensor, check_types
+from ._library import define, last_dim_contiguous
+from .attention_mass import check_heads, check_softmax_types, rows_class, softmax_types
 
 
 def attention_received(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
@@ -46,9 +47,9 @@ def attention_received(query, key, *, query_mask=None, key_mask=None, causal=Tru
     op = "attention_received"
     right = isinstance(query_mask, OPTIONAL_TENSOR) and isinstance(key_mask, OPTIONAL_TENSOR)
     if not (right and softmax_types(query, key, causal, scale, lse)):
-        expect_type(op, query=(query, Tensor), key=(key, Tensor))
-        expect_type(op, query_mask=(query_mask, OPTIONAL_TENSOR), key_mask=(key_mask, OPTIONAL_TENSOR))
-        expect_softmax_types(op, causal, scale, lse)
+        check_types(op, query=(query, Tensor), key=(key, Tensor))
+        check_types(op, query_mask=(query_mask, OPTIONAL_TENSOR), key_mask=(key_mask, OPTIONAL_TENSOR))
+        check_softmax_types(op, causal, scale, lse)
     return torch.ops.pruneops.attention_received(
         query, key, query_mask=query_mask, key_mask=key_mask, causal=causal, scale=scale, lse=lse
     )
@@ -56,10 +57,10 @@ def attention_received(query, key, *, query_mask=None, key_mask=None, causal=Tru
 
 def _check(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
     op = "attention_received"
-    expect_heads(op, query, key, lse)
+    check_heads(op, query, key, lse)
     for name, mask, tensor in (("query_mask", query_mask, query), ("key_mask", key_mask, key)):
         if mask is not None:
-            expect_companion(op, name, mask, ("query", query), (torch.bool,), (*query.shape[:-3], tensor.shape[-2]))
+            check_tensor(op, name, mask, ("query", query), (torch.bool,), (*query.shape[:-3], tensor.shape[-2]))
 
 
 def _fake(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
@@ -68,7 +69,7 @@ def _fake(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None
 
 def _batched(run):
     def call(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
-        query, key = dense(query), dense(key)
+        query, key = last_dim_contiguous(query), last_dim_contiguous(key)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if query.dim() == 4:
             return run(query, key, query_mask, key_mask, causal, scale, lse)

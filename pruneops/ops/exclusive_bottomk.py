@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import (
+from ..checks import (
     INT,
     OPTIONAL_TENSOR,
-    define,
-    dense,
-    expect,
-    expect_companion,
-    expect_floats,
-    expect_indices,
-    expect_type,
-    is_concrete,
+    check,
+    check_float_tensor,
+    check_indices,
+    check_tensor,
+    check_types,
+    has_values,
 )
+from ._library import define, last_dim_contiguous
 
 MOST_ROWS = 64  # quotas travel to the GPU as arguments of the launch, so that nothing is copied from the host
 
@@ -62,8 +61,8 @@ def exclusive_bottomk(scores, quotas, *, taken=None):
     >>> pruneops.exclusive_bottomk(scores, [2, 1])
     tensor([1, 2, 0])
     """
-    expect_type("exclusive_bottomk", scores=(scores, Tensor), taken=(taken, OPTIONAL_TENSOR))
-    _expect_quotas_type("exclusive_bottomk", quotas)
+    check_types("exclusive_bottomk", scores=(scores, Tensor), taken=(taken, OPTIONAL_TENSOR))
+    _check_quotas_type("exclusive_bottomk", quotas)
     return torch.ops.pruneops.exclusive_bottomk(scores, quotas, taken=taken)
 
 
@@ -94,53 +93,53 @@ def pivot_bottomk(x, pivots, quotas, *, mask=None):
     ValueError, TypeError
         As in `pivot_cosine` and `exclusive_bottomk`.
     """
-    expect_type("pivot_bottomk", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
-    _expect_quotas_type("pivot_bottomk", quotas)
+    check_types("pivot_bottomk", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
+    _check_quotas_type("pivot_bottomk", quotas)
     return torch.ops.pruneops.pivot_bottomk(x, pivots, quotas, mask=mask)
 
 
-def _expect_quotas_type(op, quotas):
-    expect_type(op, quotas=(quotas, (list, tuple)))
+def _check_quotas_type(op, quotas):
+    check_types(op, quotas=(quotas, (list, tuple)))
     for p, quota in enumerate(quotas):
-        expect_type(op, **{f"quotas[{p}]": (quota, INT)})
+        check_types(op, **{f"quotas[{p}]": (quota, INT)})
 
 
 def _check_quotas(op, quotas, rows, tokens, free):
     """`rows` and `tokens`: (what has them, how many); `free`: (a bool tensor, whether True means free) or None."""
     (whose, rows), (of, tokens) = rows, tokens
-    expect(rows <= MOST_ROWS, op, whose, f"{rows} rows", f"at most {MOST_ROWS} rows")
-    expect(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {whose}")
+    check(rows <= MOST_ROWS, op, whose, f"{rows} rows", f"at most {MOST_ROWS} rows")
+    check(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {whose}")
     for p, quota in enumerate(quotas):
-        expect(quota >= 0, op, f"quotas[{p}]", quota, "at least 0")
+        check(quota >= 0, op, f"quotas[{p}]", quota, "at least 0")
     total = sum(quotas)
-    expect(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {of}")
-    if free is not None and is_concrete(free[0]) and free[0].numel():
+    check(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {of}")
+    if free is not None and has_values(free[0]) and free[0].numel():
         count = free[0].sum(-1)
         fewest = int(count.min()) if free[1] else tokens - int(count.max())
-        expect(total <= fewest, op, "sum(quotas)", total, f"at most the {fewest} tokens that are free in every row")
+        check(total <= fewest, op, "sum(quotas)", total, f"at most the {fewest} tokens that are free in every row")
 
 
 def _check_bottomk(scores, quotas, *, taken=None):
     op = "exclusive_bottomk"
-    expect_floats(op, "scores", scores, ranks=(2, 3), last="token")
+    check_float_tensor(op, "scores", scores, ranks=(2, 3), last="token")
     tokens = scores.shape[-1]
     if taken is not None:
-        expect_companion(op, "taken", taken, ("scores", scores), (torch.bool,), (*scores.shape[:-2], tokens))
+        check_tensor(op, "taken", taken, ("scores", scores), (torch.bool,), (*scores.shape[:-2], tokens))
     rows, free = scores.shape[-2], None if taken is None else (taken, False)
     _check_quotas(op, quotas, ("scores", rows), ("scores", tokens), free)
 
 
 def _check_pivot_bottomk(x, pivots, quotas, *, mask=None):
     op = "pivot_bottomk"
-    expect_floats(op, "x", x, ranks=(2, 3))
+    check_float_tensor(op, "x", x, ranks=(2, 3))
     batch, tokens = tuple(x.shape[:-2]), x.shape[-2]
-    expect_companion(op, "pivots", pivots, ("x", x), (torch.int64,), (*batch, None))
+    check_tensor(op, "pivots", pivots, ("x", x), (torch.int64,), (*batch, None))
     if mask is not None:
-        expect_companion(op, "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
+        check_tensor(op, "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
     free = None if mask is None else (mask, True)
     _check_quotas(op, quotas, ("pivots", pivots.shape[-1]), ("x", tokens), free)
-    if is_concrete(pivots):
-        expect_indices(op, "pivots", pivots, 0, tokens)
+    if has_values(pivots):
+        check_indices(op, "pivots", pivots, 0, tokens)
 
 
 def _fake_bottomk(scores, quotas, *, taken=None):
@@ -153,7 +152,7 @@ def _fake_pivot_bottomk(x, pivots, quotas, *, mask=None):
 
 def _batched_bottomk(run):
     def call(scores, quotas, *, taken=None):
-        scores = dense(scores)
+        scores = last_dim_contiguous(scores)
         if scores.dim() == 3:
             return run(scores, quotas, taken)
         return run(scores[None], quotas, None if taken is None else taken[None])[0]
@@ -163,7 +162,7 @@ def _batched_bottomk(run):
 
 def _batched_pivot_bottomk(run):
     def call(x, pivots, quotas, *, mask=None):
-        x = dense(x)
+        x = last_dim_contiguous(x)
         if x.dim() == 3:
             return run(x, pivots, quotas, mask)
         return run(x[None], pivots[None], quotas, None if mask is None else mask[None])[0]

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import INT, ArgumentTypeError, define, expect, expect_indices, expect_type, is_concrete
-from .kv_compact import _expect_types, expect_same_device
+from ..checks import INT, ArgumentTypeError, check, check_indices, check_types, has_values
+from ._library import define
+from .kv_compact import _check_types, check_same_device
 
-MOST_DIMS = 6  # of a tensor that is read where it lies, whatever its strides
+MAX_DIMS = 6  # of a tensor that is read where it lies, whatever its strides
 
 
 def gather_tokens(tensors, keep, dim=1):
@@ -55,9 +56,9 @@ def gather_tokens(tensors, keep, dim=1):
     try:
         return torch.ops.pruneops.gather_tokens(tensors, keep, dim)
     except (RuntimeError, TypeError):  # checked when something is wrong
-        _expect_types("gather_tokens", "tensors", tensors, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
+        _check_types("gather_tokens", "tensors", tensors, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
         for i, one in enumerate(dim if isinstance(dim, (list, tuple)) else ()):
-            expect_type("gather_tokens", **{f"dim[{i}]": (one, INT)})
+            check_types("gather_tokens", **{f"dim[{i}]": (one, INT)})
         raise
 
 
@@ -65,31 +66,31 @@ def _dims(tensors, dim):
     """The token dimension of every tensor, counted from the first."""
     dims, count = [dim] if isinstance(dim, int) else list(dim), len(tensors)
     wanted = f"one, or one for each of {count} tensors"
-    expect(len(dims) in (1, count), "gather_tokens", "dim", f"{len(dims)} of them", wanted)
+    check(len(dims) in (1, count), "gather_tokens", "dim", f"{len(dims)} of them", wanted)
     dims = dims * len(tensors) if len(dims) == 1 else dims
     return [own + tensor.dim() if own < 0 else own for tensor, own in zip(tensors, dims)]
 
 
 def _check(tensors, keep, dim=1):
     op = "gather_tokens"
-    expect(len(tensors) > 0, op, "tensors", "an empty list", "at least one tensor")
-    expect_same_device(op, "tensors", tensors)
-    expect(keep.dtype == torch.int64, op, "keep", keep.dtype, "int64", ArgumentTypeError)
-    expect(keep.dim() in (1, 2), op, "keep", f"of shape {list(keep.shape)}", "[K] or [B, K]")
+    check(len(tensors) > 0, op, "tensors", "an empty list", "at least one tensor")
+    check_same_device(op, "tensors", tensors)
+    check(keep.dtype == torch.int64, op, "keep", keep.dtype, "int64", ArgumentTypeError)
+    check(keep.dim() in (1, 2), op, "keep", f"of shape {list(keep.shape)}", "[K] or [B, K]")
     there = f"the device of tensors[0], {tensors[0].device}"
-    expect(keep.device == tensors[0].device, op, "keep", f"on {keep.device}", f"on {there}")
+    check(keep.device == tensors[0].device, op, "keep", f"on {keep.device}", f"on {there}")
     batched = keep.dim() == 2
     for i, (tensor, own) in enumerate(zip(tensors, _dims(tensors, dim))):
         shape = f"of shape {list(tensor.shape)}"
         least = "1 (the batch stands before it)" if batched else "0"
         fits = int(batched) <= own < tensor.dim()
-        expect(fits, op, "dim", f"{own} for tensors[{i}] {shape}", f"{least} to {tensor.dim() - 1}")
+        check(fits, op, "dim", f"{own} for tensors[{i}] {shape}", f"{least} to {tensor.dim() - 1}")
         if batched:
             wanted = f"with {keep.shape[0]} rows, as keep, or 1, in dimension {own - 1}"
-            expect(tensor.shape[own - 1] in (1, keep.shape[0]), op, f"tensors[{i}]", shape, wanted)
-    if is_concrete(keep) and keep.numel():
+            check(tensor.shape[own - 1] in (1, keep.shape[0]), op, f"tensors[{i}]", shape, wanted)
+    if has_values(keep) and keep.numel():
         fewest = min(tensor.shape[own] for tensor, own in zip(tensors, _dims(tensors, dim)))
-        expect_indices(op, "keep", keep, 0, fewest)
+        check_indices(op, "keep", keep, 0, fewest)
 
 
 def _fake(tensors, keep, dim=1):
@@ -102,7 +103,7 @@ def _fake(tensors, keep, dim=1):
 
 def _native(tensors, keep, dim=1):
     dims = _dims(tensors, dim)
-    tensors = [tensor.contiguous() if tensor.dim() > MOST_DIMS else tensor for tensor in tensors]
+    tensors = [tensor.contiguous() if tensor.dim() > MAX_DIMS else tensor for tensor in tensors]
     return torch.ops.pruneops_native.gather_tokens(tensors, keep, dims)
 
 

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import (
+from ..checks import (
     INT,
     OPTIONAL_TENSOR,
-    define,
-    dense,
-    expect,
-    expect_bounds,
-    expect_companion,
-    expect_floats,
-    expect_indices,
-    expect_type,
-    is_concrete,
+    check,
+    check_cu_seqlens,
+    check_float_tensor,
+    check_indices,
+    check_tensor,
+    check_types,
+    has_values,
 )
+from ._library import define, last_dim_contiguous
 
 METRICS = ("cosine", "euclidean")
 
@@ -84,8 +83,8 @@ def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
     >>> pruneops.kcenter(x, 3).indices
     tensor([0, 3, 2])
     """
-    expect_type("kcenter", x=(x, Tensor), k=(k, INT), metric=(metric, str))
-    expect_type("kcenter", seeds=(seeds, OPTIONAL_TENSOR), mask=(mask, OPTIONAL_TENSOR))
+    check_types("kcenter", x=(x, Tensor), k=(k, INT), metric=(metric, str))
+    check_types("kcenter", seeds=(seeds, OPTIONAL_TENSOR), mask=(mask, OPTIONAL_TENSOR))
     return KCenter(*torch.ops.pruneops.kcenter(x, k, seeds=seeds, mask=mask, metric=metric))
 
 
@@ -118,53 +117,53 @@ def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
         As in `kcenter`; the values of `cu_seqlens`, and `ks` against them, are checked on CPU
         always, on CUDA when PRUNEOPS_DEBUG=1. Unchecked bounds that fall are undefined behaviour.
     """
-    expect_type("kcenter_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), ks=(ks, (list, tuple)))
-    expect_type("kcenter_varlen", seeds=(seeds, OPTIONAL_TENSOR), metric=(metric, str))
+    check_types("kcenter_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), ks=(ks, (list, tuple)))
+    check_types("kcenter_varlen", seeds=(seeds, OPTIONAL_TENSOR), metric=(metric, str))
     for i, k in enumerate(ks):
-        expect_type("kcenter_varlen", **{f"ks[{i}]": (k, INT)})
+        check_types("kcenter_varlen", **{f"ks[{i}]": (k, INT)})
     return KCenter(*torch.ops.pruneops.kcenter_varlen(x, cu_seqlens, ks, seeds=seeds, metric=metric))
 
 
 def _check_features(op, x, metric, ranks):
-    expect_floats(op, "x", x, ranks)
-    expect(metric in METRICS, op, "metric", repr(metric), f"one of {METRICS}")
+    check_float_tensor(op, "x", x, ranks)
+    check(metric in METRICS, op, "metric", repr(metric), f"one of {METRICS}")
 
 
 def _check_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
     _check_features("kcenter", x, metric, ranks=(2, 3))
     batch, tokens = tuple(x.shape[:-2]), x.shape[-2]
     if seeds is not None:
-        expect_companion("kcenter", "seeds", seeds, ("x", x), (torch.int64,), (*batch, None))
+        check_tensor("kcenter", "seeds", seeds, ("x", x), (torch.int64,), (*batch, None))
     if mask is not None:
-        expect_companion("kcenter", "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
-    expect(k >= 1, "kcenter", "k", k, "at least 1")
-    expect(k <= tokens, "kcenter", "k", k, f"at most the {tokens} tokens of x")
+        check_tensor("kcenter", "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
+    check(k >= 1, "kcenter", "k", k, "at least 1")
+    check(k <= tokens, "kcenter", "k", k, f"at most the {tokens} tokens of x")
     if seeds is not None:
-        expect(seeds.shape[-1] <= k, "kcenter", "seeds", f"{seeds.shape[-1]} a row", f"at most k = {k} a row")
-        if is_concrete(seeds):
+        check(seeds.shape[-1] <= k, "kcenter", "seeds", f"{seeds.shape[-1]} a row", f"at most k = {k} a row")
+        if has_values(seeds):
             _check_seeds("kcenter", seeds, 0, tokens)
-    if mask is not None and is_concrete(mask) and mask.numel():
+    if mask is not None and has_values(mask) and mask.numel():
         open_tokens = mask if seeds is None else mask.scatter(-1, seeds, True)
         fewest = int(open_tokens.sum(-1).min())
-        expect(k <= fewest, "kcenter", "k", k, f"at most the {fewest} tokens that mask and seeds allow")
+        check(k <= fewest, "kcenter", "k", k, f"at most the {fewest} tokens that mask and seeds allow")
 
 
 def _check_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
     op = "kcenter_varlen"
     _check_features(op, x, metric, ranks=(2,))
-    expect_companion(op, "cu_seqlens", cu_seqlens, ("x", x), (torch.int32, torch.int64), (len(ks) + 1,))
+    check_tensor(op, "cu_seqlens", cu_seqlens, ("x", x), (torch.int32, torch.int64), (len(ks) + 1,))
     for i, k in enumerate(ks):
-        expect(k >= 0, op, f"ks[{i}]", k, "at least 0")
+        check(k >= 0, op, f"ks[{i}]", k, "at least 0")
     if seeds is not None:
-        expect_companion(op, "seeds", seeds, ("x", x), (torch.int64,), (len(ks), None))
+        check_tensor(op, "seeds", seeds, ("x", x), (torch.int64,), (len(ks), None))
         fits = seeds.shape[1] <= min(ks, default=0) or seeds.numel() == 0
-        expect(fits, op, "seeds", f"{seeds.shape[1]} a sequence", "no more than the smallest of ks")
-    if not is_concrete(cu_seqlens):
+        check(fits, op, "seeds", f"{seeds.shape[1]} a sequence", "no more than the smallest of ks")
+    if not has_values(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
-    expect_bounds(op, bounds, x.shape[0])
+    check_cu_seqlens(op, bounds, x.shape[0])
     for i, (start, end, k) in enumerate(zip(bounds, bounds[1:], ks)):
-        expect(k <= end - start, op, f"ks[{i}]", k, f"at most the {end - start} tokens of sequence {i}")
+        check(k <= end - start, op, f"ks[{i}]", k, f"at most the {end - start} tokens of sequence {i}")
         if seeds is not None:
             _check_seeds(op, seeds[i], start, end)
 
@@ -172,10 +171,10 @@ def _check_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
 def _check_seeds(op, seeds, start, end):
     if seeds.numel() == 0:
         return
-    expect_indices(op, "seeds", seeds, start, end)
+    check_indices(op, "seeds", seeds, start, end)
     ordered = seeds.sort(-1).values
     distinct = bool((ordered[..., 1:] != ordered[..., :-1]).all())
-    expect(distinct, op, "seeds", "the same token twice", "different tokens in each row")
+    check(distinct, op, "seeds", "the same token twice", "different tokens in each row")
 
 
 def _fake_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
@@ -191,7 +190,7 @@ def _unbatched(run):
     """Serve [N, D] through a backend that knows [B, N, D] only; lay features next to each other."""
 
     def call(x, k, *, seeds=None, mask=None, metric="cosine"):
-        x = dense(x)
+        x = last_dim_contiguous(x)
         if x.dim() == 3:
             return run(x, k, seeds, mask, metric)
         seeds, mask = (None if t is None else t[None] for t in (seeds, mask))
@@ -205,7 +204,7 @@ def _packed(run):
     """Serve any strides and cu_seqlens dtype through a backend that takes int64 and contiguous features."""
 
     def call(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
-        x = dense(x)
+        x = last_dim_contiguous(x)
         return run(x, cu_seqlens.to(torch.int64).contiguous(), ks, seeds, metric)
 
     return call

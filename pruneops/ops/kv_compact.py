@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.kv_compact import meant, new_cache
-from ._library import OPTIONAL_TENSOR, define, expect, expect_companion, expect_type, is_concrete
+from ..checks import OPTIONAL_TENSOR, check, check_tensor, check_types, has_values
+from ..reference.kv_compact import new_cache, valid_mask
+from ._library import define
 
 LENGTHS = (torch.int64, torch.int32)
 
@@ -50,7 +51,7 @@ def kv_compact(caches, keep, *, lengths=None):
     try:
         return torch.ops.pruneops.kv_compact(caches, keep, lengths=lengths)
     except (RuntimeError, TypeError):  # checked when something is wrong: many caches take microseconds to look at
-        _expect_types("kv_compact", "caches", caches, keep=(keep, Tensor), lengths=(lengths, OPTIONAL_TENSOR))
+        _check_types("kv_compact", "caches", caches, keep=(keep, Tensor), lengths=(lengths, OPTIONAL_TENSOR))
         raise
 
 
@@ -89,86 +90,86 @@ def kv_compact_(caches, keep, *, lengths=None):
     try:
         torch.ops.pruneops.kv_compact_(caches, keep, lengths=lengths)
     except (RuntimeError, TypeError):
-        _expect_types("kv_compact_", "caches", caches, keep=(keep, Tensor), lengths=(lengths, OPTIONAL_TENSOR))
+        _check_types("kv_compact_", "caches", caches, keep=(keep, Tensor), lengths=(lengths, OPTIONAL_TENSOR))
         raise
     if torch.is_grad_enabled():
         torch.autograd.graph.increment_version(caches)
 
 
-def _expect_types(op, argument, tensors, **others):
-    expect_type(op, **{argument: (tensors, (list, tuple))}, **others)
+def _check_types(op, argument, tensors, **others):
+    check_types(op, **{argument: (tensors, (list, tuple))}, **others)
     for i, tensor in enumerate(tensors):
-        expect_type(op, **{f"{argument}[{i}]": (tensor, Tensor)})
+        check_types(op, **{f"{argument}[{i}]": (tensor, Tensor)})
 
 
-def expect_keep(op, keep, lengths, first):
+def check_keep(op, keep, lengths, first):
     """keep [B, K] or [B, Hk, K] and lengths [B] or None for `first` = (name, tensor, B, Hk)."""
     name, tensor, B, Hk = first
     heads = () if keep.dim() == 2 else (Hk,)
     free = "B, K" if B is None else "K"
-    expect_companion(op, "keep", keep, (name, tensor), (torch.int64,), (B, *heads, None), free)
+    check_tensor(op, "keep", keep, (name, tensor), (torch.int64,), (B, *heads, None), free)
     if lengths is not None:
-        expect_companion(op, "lengths", lengths, (name, tensor), LENGTHS, (keep.shape[0],))
+        check_tensor(op, "lengths", lengths, (name, tensor), LENGTHS, (keep.shape[0],))
 
 
-def expect_kept_values(op, keep, lengths, positions, ascending):
+def check_keep_values(op, keep, lengths, positions, ascending):
     """Values of keep within [0, positions) and, if asked, ascending; lengths within [0, K]."""
     K = keep.shape[-1]
-    if lengths is not None and is_concrete(lengths) and lengths.numel():
+    if lengths is not None and has_values(lengths) and lengths.numel():
         least, most = int(lengths.min()), int(lengths.max())
-        expect(least >= 0 and most <= K, op, "lengths", most if least >= 0 else least, f"0 to the {K} entries of keep")
-    if not is_concrete(keep) or not keep.numel():
+        check(least >= 0 and most <= K, op, "lengths", most if least >= 0 else least, f"0 to the {K} entries of keep")
+    if not has_values(keep) or not keep.numel():
         return
-    valid = meant(keep, lengths).reshape(keep.shape)
+    valid = valid_mask(keep, lengths).reshape(keep.shape)
     inside = (keep >= 0) & (keep < positions) | ~valid
     if not inside.all():
-        expect(False, op, "keep", f"{int(keep[~inside][0])} at one place", f"in [0, {positions})")
+        check(False, op, "keep", f"{int(keep[~inside][0])} at one place", f"in [0, {positions})")
     if ascending:
         rises = (keep[..., 1:] > keep[..., :-1]) | ~valid[..., 1:]
         if not rises.all():
             one = rises.logical_not().nonzero()[0].tolist()
             before, after = int(keep[..., :-1][tuple(one)]), int(keep[..., 1:][tuple(one)])
-            expect(False, op, "keep", f"{after} after {before} at {one}", "strictly ascending in every row")
+            check(False, op, "keep", f"{after} after {before} at {one}", "strictly ascending in every row")
 
 
-def expect_same_device(op, argument, tensors):
+def check_same_device(op, argument, tensors):
     for i, tensor in enumerate(tensors):
         there = f"the device of {argument}[0], {tensors[0].device}"
-        expect(tensor.device == tensors[0].device, op, f"{argument}[{i}]", f"on {tensor.device}", f"on {there}")
+        check(tensor.device == tensors[0].device, op, f"{argument}[{i}]", f"on {tensor.device}", f"on {there}")
 
 
 def _check(op, caches, keep, lengths, in_place):
-    expect(len(caches) > 0, op, "caches", "an empty list", "at least one cache")
+    check(len(caches) > 0, op, "caches", "an empty list", "at least one cache")
     for i, cache in enumerate(caches):
         rank = f"of shape {list(cache.shape)}"
-        expect(cache.dim() == 4, op, f"caches[{i}]", rank, "of rank 4: [B, Hk, S, D]")
-    expect_same_device(op, "caches", caches)
-    expect(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
+        check(cache.dim() == 4, op, f"caches[{i}]", rank, "of rank 4: [B, Hk, S, D]")
+    check_same_device(op, "caches", caches)
+    check(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
     B, Hk = caches[0].shape[:2]
-    expect_keep(op, keep, lengths, ("caches", caches[0], B, Hk))
+    check_keep(op, keep, lengths, ("caches", caches[0], B, Hk))
     K = keep.shape[-1]
     for i, cache in enumerate(caches):
         fits = cache.shape[0] == B and (keep.dim() == 2 or cache.shape[1] == Hk)
         wanted = f"[{B}, {'Hk' if keep.dim() == 2 else Hk}, S, D], as caches[0] and keep say"
-        expect(fits, op, f"caches[{i}]", f"of shape {list(cache.shape)}", wanted)
+        check(fits, op, f"caches[{i}]", f"of shape {list(cache.shape)}", wanted)
         if in_place:
             most = f"at most the {cache.shape[2]} positions of caches[{i}]"
-            expect(cache.shape[2] >= K, op, "keep", f"{K} entries a row", most)
+            check(cache.shape[2] >= K, op, "keep", f"{K} entries a row", most)
     fewest = min(cache.shape[2] for cache in caches)
     if in_place:
-        expect_apart(op, "caches", caches)
-    expect_kept_values(op, keep, lengths, fewest, ascending=in_place)
+        check_no_overlap(op, "caches", caches)
+    check_keep_values(op, keep, lengths, fewest, ascending=in_place)
 
 
-def expect_apart(op, argument, tensors):
+def check_no_overlap(op, argument, tensors):
     """None is passed twice, and none overlaps with itself."""
     seen = {}
     for i, tensor in enumerate(tensors):
         size = [f"stride {stride}" for stride, size in zip(tensor.stride(), tensor.shape) if stride == 0 and size > 1]
-        expect(not size, op, f"{argument}[{i}]", "expanded", "memory of its own for every element")
+        check(not size, op, f"{argument}[{i}]", "expanded", "memory of its own for every element")
         if tensor.numel() and not isinstance(tensor, torch._subclasses.FakeTensor) and not tensor.is_meta:
             other = seen.setdefault(tensor.data_ptr(), i)
-            expect(other == i, op, f"{argument}[{i}]", f"the same memory as {argument}[{other}]", "passed once")
+            check(other == i, op, f"{argument}[{i}]", f"the same memory as {argument}[{other}]", "passed once")
 
 
 def _check_new(caches, keep, *, lengths=None):

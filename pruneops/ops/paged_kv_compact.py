@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.kv_compact import meant
-from ._library import INT, define, expect, expect_companion, expect_type, is_concrete
-from .kv_compact import _expect_types, expect_apart, expect_keep, expect_kept_values, expect_same_device
+from ..checks import INT, check, check_tensor, check_types, has_values
+from ..reference.kv_compact import valid_mask
+from ._library import define
+from .kv_compact import _check_types, check_keep, check_keep_values, check_no_overlap, check_same_device
 
 LAYOUTS = ("NHD", "HND")
 
@@ -62,8 +63,8 @@ def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
         torch.ops.pruneops.paged_kv_compact_(pages, block_table, keep, lengths, layout=layout)
     except (RuntimeError, TypeError):  # checked when something is wrong: many tensors take microseconds to look at
         op = "paged_kv_compact_"
-        expect_type(op, block_table=(block_table, Tensor), lengths=(lengths, Tensor), layout=(layout, str))
-        _expect_types(op, "pages", pages, keep=(keep, Tensor))
+        check_types(op, block_table=(block_table, Tensor), lengths=(lengths, Tensor), layout=(layout, str))
+        _check_types(op, "pages", pages, keep=(keep, Tensor))
         raise
     if torch.is_grad_enabled():
         torch.autograd.graph.increment_version(pages)
@@ -84,46 +85,44 @@ def pages_in_use(lengths, page_size):
     Tensor [B], dtype of lengths
         The first so many entries of a row of the block table are in use; the pages of the others can be freed.
     """
-    expect_type("pages_in_use", lengths=(lengths, Tensor), page_size=(page_size, INT))
-    expect(page_size > 0, "pages_in_use", "page_size", page_size, "at least 1")
+    check_types("pages_in_use", lengths=(lengths, Tensor), page_size=(page_size, INT))
+    check(page_size > 0, "pages_in_use", "page_size", page_size, "at least 1")
     return (lengths + page_size - 1) // page_size
 
 
 def _check(pages, block_table, keep, lengths, *, layout="NHD"):
     op = "paged_kv_compact_"
-    _expect_layout(layout)
-    expect(len(pages) > 0, op, "pages", "an empty list", "at least one tensor")
+    _check_layout(layout)
+    check(len(pages) > 0, op, "pages", "an empty list", "at least one tensor")
     order = ("page", "Hk") if layout == "NHD" else ("Hk", "page")
     for i, tensor in enumerate(pages):
         shape, wanted = list(tensor.shape), f"of rank 4 or 5: [pages, {', '.join(order)}, D] or [pages, 2, ...]"
-        expect(tensor.dim() in (4, 5), op, f"pages[{i}]", f"of shape {shape}", wanted)
-    expect_same_device(op, "pages", pages)
-    expect(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
+        check(tensor.dim() in (4, 5), op, f"pages[{i}]", f"of shape {shape}", wanted)
+    check_same_device(op, "pages", pages)
+    check(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
     page, Hk = (pages[0].shape[-3 + order.index(name)] for name in ("page", "Hk"))
-    expect_keep(op, keep, lengths, ("pages", pages[0], None, Hk))
-    expect_companion(
-        op, "block_table", block_table, ("pages", pages[0]), (torch.int32,), (keep.shape[0], None), "blocks"
-    )
+    check_keep(op, keep, lengths, ("pages", pages[0], None, Hk))
+    check_tensor(op, "block_table", block_table, ("pages", pages[0]), (torch.int32,), (keep.shape[0], None), "blocks")
     for i, tensor in enumerate(pages):
         own = {name: tensor.shape[-3 + order.index(name)] for name in order}
         fits = own["page"] == page and (keep.dim() == 2 or own["Hk"] == Hk)
         wanted = f"pages of {page} tokens{'' if keep.dim() == 2 else f' and {Hk} heads'}, as pages[0] and keep say"
-        expect(fits, op, f"pages[{i}]", f"of shape {list(tensor.shape)}", wanted)
-    expect(page > 0, op, "pages[0]", f"of shape {list(pages[0].shape)}", "pages of at least one token")
-    expect_apart(op, "pages", pages)
+        check(fits, op, f"pages[{i}]", f"of shape {list(tensor.shape)}", wanted)
+    check(page > 0, op, "pages[0]", f"of shape {list(pages[0].shape)}", "pages of at least one token")
+    check_no_overlap(op, "pages", pages)
     capacity = block_table.shape[1] * page
-    expect_kept_values(op, keep, lengths, capacity, ascending=True)
-    if is_concrete(block_table) and keep.numel():
+    check_keep_values(op, keep, lengths, capacity, ascending=True)
+    if has_values(block_table) and keep.numel():
         _check_blocks(op, block_table, keep, lengths, page, min(tensor.shape[0] for tensor in pages))
 
 
-def _expect_layout(layout):
-    expect(layout in LAYOUTS, "paged_kv_compact_", "layout", repr(layout), f"one of {LAYOUTS}")
+def _check_layout(layout):
+    check(layout in LAYOUTS, "paged_kv_compact_", "layout", repr(layout), f"one of {LAYOUTS}")
 
 
 def _check_blocks(op, block_table, keep, lengths, page, pages):
     """The pages up to each request's last kept token are there, and one that tokens move to serves one place."""
-    valid, keep = meant(keep, lengths), keep if keep.dim() == 3 else keep[:, None]
+    valid, keep = valid_mask(keep, lengths), keep if keep.dim() == 3 else keep[:, None]
     starts = torch.arange(block_table.shape[1], device=keep.device) * page
     used = starts <= torch.where(valid, keep, -1).amax((1, 2))[:, None]
     blocks = block_table[used]
@@ -131,7 +130,7 @@ def _check_blocks(op, block_table, keep, lengths, page, pages):
         return
     outside = (blocks < 0) | (blocks >= pages)
     if outside.any():
-        expect(False, op, "block_table", f"{int(blocks[outside][0])} at one place", f"in [0, {pages})")
+        check(False, op, "block_table", f"{int(blocks[outside][0])} at one place", f"in [0, {pages})")
     # positions ascend, so the tokens that stay come first
     stay = (valid & (keep == torch.arange(keep.shape[-1], device=keep.device))).sum(-1).amin(-1)[:, None]
     written = torch.maximum(starts, stay) < torch.minimum(starts + page, lengths[:, None])
@@ -139,7 +138,7 @@ def _check_blocks(op, block_table, keep, lengths, page, pages):
     lost = (counts[places] > 1) & written[used]
     if lost.any():
         shared = f"page {int(blocks[lost].min())} at two places"
-        expect(False, op, "block_table", shared, "a page of its own at every place that tokens move to")
+        check(False, op, "block_table", shared, "a page of its own at every place that tokens move to")
 
 
 def _fake(pages, block_table, keep, lengths, *, layout="NHD"):
@@ -147,7 +146,7 @@ def _fake(pages, block_table, keep, lengths, *, layout="NHD"):
 
 
 def _native(pages, block_table, keep, lengths, *, layout="NHD"):
-    _expect_layout(layout)
+    _check_layout(layout)
     torch.ops.pruneops_native.paged_kv_compact_(pages, block_table, keep, lengths, layout == "NHD")
 
 

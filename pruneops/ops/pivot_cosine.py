@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import (
+from ..checks import (
     OPTIONAL_TENSOR,
-    define,
-    dense,
-    expect,
-    expect_bounds,
-    expect_companion,
-    expect_floats,
-    expect_indices,
-    expect_type,
-    is_concrete,
+    check,
+    check_cu_seqlens,
+    check_float_tensor,
+    check_indices,
+    check_tensor,
+    check_types,
+    has_values,
 )
+from ._library import define, last_dim_contiguous
 
 REDUCTIONS = ("max", "mean", "sum")
 
@@ -58,7 +57,7 @@ def pivot_cosine(x, pivots, *, mask=None):
     >>> pruneops.pivot_cosine(x, torch.tensor([0]))
     tensor([[ 1.,  0., -1.,  0.]])
     """
-    expect_type("pivot_cosine", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
+    check_types("pivot_cosine", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
     return torch.ops.pruneops.pivot_cosine(x, pivots, mask=mask)
 
 
@@ -89,8 +88,8 @@ def duplication(x, pivots, *, mask=None, reduce="max"):
     -----
     Source: DART (arXiv:2502.11494), Definition 2 (duplicate score), over all pivots at once.
     """
-    expect_type("duplication", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
-    expect_type("duplication", reduce=(reduce, str))
+    check_types("duplication", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
+    check_types("duplication", reduce=(reduce, str))
     return torch.ops.pruneops.duplication(x, pivots, mask=mask, reduce=reduce)
 
 
@@ -118,8 +117,8 @@ def pivot_cosine_varlen(x, cu_seqlens, pivots, *, mask=None):
     ValueError, TypeError
         As in `pivot_cosine`; the values of `cu_seqlens` are checked where those of `pivots` are.
     """
-    expect_type("pivot_cosine_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), pivots=(pivots, Tensor))
-    expect_type("pivot_cosine_varlen", mask=(mask, OPTIONAL_TENSOR))
+    check_types("pivot_cosine_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), pivots=(pivots, Tensor))
+    check_types("pivot_cosine_varlen", mask=(mask, OPTIONAL_TENSOR))
     return torch.ops.pruneops.pivot_cosine_varlen(x, cu_seqlens, pivots, mask=mask)
 
 
@@ -141,44 +140,44 @@ def duplication_varlen(x, cu_seqlens, pivots, *, mask=None, reduce="max"):
     ValueError, TypeError
         As in `pivot_cosine_varlen`.
     """
-    expect_type("duplication_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), pivots=(pivots, Tensor))
-    expect_type("duplication_varlen", mask=(mask, OPTIONAL_TENSOR), reduce=(reduce, str))
+    check_types("duplication_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), pivots=(pivots, Tensor))
+    check_types("duplication_varlen", mask=(mask, OPTIONAL_TENSOR), reduce=(reduce, str))
     return torch.ops.pruneops.duplication_varlen(x, cu_seqlens, pivots, mask=mask, reduce=reduce)
 
 
 def _check(op, x, pivots, mask, reduce):
-    expect_floats(op, "x", x, ranks=(2, 3))
+    check_float_tensor(op, "x", x, ranks=(2, 3))
     batch, tokens = tuple(x.shape[:-2]), x.shape[-2]
-    expect_companion(op, "pivots", pivots, ("x", x), (torch.int64,), (*batch, None))
+    check_tensor(op, "pivots", pivots, ("x", x), (torch.int64,), (*batch, None))
     if mask is not None:
-        expect_companion(op, "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
+        check_tensor(op, "mask", mask, ("x", x), (torch.bool,), (*batch, tokens))
     _check_reduce(op, pivots, reduce)
-    if is_concrete(pivots):
-        expect_indices(op, "pivots", pivots, 0, tokens)
+    if has_values(pivots):
+        check_indices(op, "pivots", pivots, 0, tokens)
 
 
 def _check_packed(op, x, cu_seqlens, pivots, mask, reduce):
-    expect_floats(op, "x", x, ranks=(2,))
-    expect(cu_seqlens.dim() == 1, op, "cu_seqlens", f"of shape {list(cu_seqlens.shape)}", "of rank 1")
+    check_float_tensor(op, "x", x, ranks=(2,))
+    check(cu_seqlens.dim() == 1, op, "cu_seqlens", f"of shape {list(cu_seqlens.shape)}", "of rank 1")
     sequences = cu_seqlens.shape[0] - 1
-    expect(sequences >= 0, op, "cu_seqlens", "empty", "of at least one entry")
-    expect_companion(op, "cu_seqlens", cu_seqlens, ("x", x), (torch.int32, torch.int64), (sequences + 1,))
-    expect_companion(op, "pivots", pivots, ("x", x), (torch.int64,), (sequences, None))
+    check(sequences >= 0, op, "cu_seqlens", "empty", "of at least one entry")
+    check_tensor(op, "cu_seqlens", cu_seqlens, ("x", x), (torch.int32, torch.int64), (sequences + 1,))
+    check_tensor(op, "pivots", pivots, ("x", x), (torch.int64,), (sequences, None))
     if mask is not None:
-        expect_companion(op, "mask", mask, ("x", x), (torch.bool,), (x.shape[0],))
+        check_tensor(op, "mask", mask, ("x", x), (torch.bool,), (x.shape[0],))
     _check_reduce(op, pivots, reduce)
-    if is_concrete(cu_seqlens):
+    if has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        expect_bounds(op, bounds, x.shape[0])
+        check_cu_seqlens(op, bounds, x.shape[0])
         for own, start, end in zip(pivots, bounds, bounds[1:]):
             if start < end:
-                expect_indices(op, "pivots", own, start, end)
+                check_indices(op, "pivots", own, start, end)
 
 
 def _check_reduce(op, pivots, reduce):
     if reduce is not None:
-        expect(reduce in REDUCTIONS, op, "reduce", repr(reduce), f"one of {REDUCTIONS}")
-        expect(pivots.shape[-1] > 0, op, "pivots", f"of shape {list(pivots.shape)}", "at least one a row")
+        check(reduce in REDUCTIONS, op, "reduce", repr(reduce), f"one of {REDUCTIONS}")
+        check(pivots.shape[-1] > 0, op, "pivots", f"of shape {list(pivots.shape)}", "at least one a row")
 
 
 def _scores_shape(x, pivots, reduce):
@@ -205,7 +204,7 @@ def _define(name, reduced):
 
     def batched(run):
         def call(x, pivots, *, mask=None, reduce=value):
-            x = dense(x)
+            x = last_dim_contiguous(x)
             if x.dim() == 3:
                 return run(x, None, pivots, mask, reduce)
             return run(x[None], None, pivots[None], None if mask is None else mask[None], reduce)[0]
@@ -215,7 +214,9 @@ def _define(name, reduced):
     def packed(run):
         def call(x, cu_seqlens, pivots, *, mask=None, reduce=value):
             cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-            return run(dense(x)[None], cu_seqlens, pivots, None if mask is None else mask[None], reduce)[0]
+            return run(last_dim_contiguous(x)[None], cu_seqlens, pivots, None if mask is None else mask[None], reduce)[
+                0
+            ]
 
         return call
 

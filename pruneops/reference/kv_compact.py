@@ -23,7 +23,7 @@ def kv_compact_(caches, keep, *, lengths=None):
     for cache in map(bits, caches):
         head = cache[:, :, : keep.shape[-1]]
         # all is read before anything is written
-        head.copy_(torch.where(meant(keep, lengths)[..., None], _compacted(cache, keep, lengths), head))
+        head.copy_(torch.where(valid_mask(keep, lengths)[..., None], _compacted(cache, keep, lengths), head))
 
 
 def new_cache(cache, K):
@@ -34,7 +34,7 @@ def new_cache(cache, K):
     return cache.new_empty((B, Hk, K, D))
 
 
-def meant(keep, lengths):
+def valid_mask(keep, lengths):
     """bool [B, 1 or Hk, K]: which entries of keep [B, K] or [B, Hk, K] are not past their length."""
     keep = keep[:, None] if keep.dim() == 2 else keep
     if lengths is None:
@@ -53,6 +53,6 @@ def _compacted(cache, keep, lengths):
     shape = (B, Hk, keep.shape[-1], D)
     if S == 0:
         return cache.new_zeros(shape)
-    valid = meant(keep, lengths)
+    valid = valid_mask(keep, lengths)
     source = torch.where(valid, keep[:, None] if keep.dim() == 2 else keep, 0)
     return torch.where(valid[..., None], cache.gather(2, source[..., None].expand(shape)), 0)

@@ -314,7 +314,7 @@ def test_hard_softmax(emulate, form, height):
 def test_offsets_past_two_to_the_31(emulate, form, queries, tmp_path):
     shape = 2, 4, 2, queries, 5, 16
     query, key, options = counting(*shape, torch.Generator().manual_seed(0))
-    groups, far = sides(shape), functools.partial(contract.far_apart, tmp_path)
+    groups, far = sides(shape), functools.partial(contract.with_gaps_past_2_31, tmp_path)
     truth = mass_truth(query, key, *groups, 3, **options)[0].float()
     received = received_truth(query, key, **options).float()
     for dim in (0, 1, 2):

@@ -18,11 +18,11 @@ from tests.contract import (
     assert_same_bits,
     call,
     every_backend,
-    on,
+    on_targets,
     size,
 )
+from tests.invalid_calls import DTYPE_NAMES, InvalidCall, assert_type_error, invalid
 from tests.ops.test_exclusive_bottomk import expected
-from tests.refusals import DTYPE_NAMES, Bad, assert_type_refused, refused
 from tests.strategies import DTYPES, LAYOUTS, laid_out
 
 
@@ -205,7 +205,7 @@ def test_strides_change_no_bit(target):
         assert_same_bits(call(target, "assign_ranks", LAYOUTS[name](logits), 15), plain)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     """Batch rows, and the tokens of one row, shared out among threads."""
     logits = real((3, 9000, 33), dtype=torch.bfloat16)
@@ -216,11 +216,11 @@ def test_threads_change_no_bit(target):
     contract.assert_threads_change_no_bit(run)
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     """Calls from several threads at once give the answers of calls in turn."""
     inputs = [real((400, 17), seed) for seed in range(4)]
-    results = contract.all_at_once(target, [functools.partial(pruneops.assign_ranks, own, 16) for own in inputs])
+    results = contract.run_concurrently(target, [functools.partial(pruneops.assign_ranks, own, 16) for own in inputs])
     assert_same_bits(results, [call(target, "assign_ranks", own, 16) for own in inputs])
 
 
@@ -262,13 +262,13 @@ def test_no_gradient(target):
         assert not pruneops.assign_ranks(logits, 3).requires_grad
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Batch entries and tokens, far apart in sparse files."""
     near = steep((3, 30, 9), torch.Generator().manual_seed(0))
     for dim in (0, 1):
         with pruneops.backend(target.backend):  # `call` would copy the file
-            ranks = pruneops.assign_ranks(contract.far_apart(tmp_path, near, dim), 8)
+            ranks = pruneops.assign_ranks(contract.with_gaps_past_2_31(tmp_path, near, dim), 8)
         assert_same_bits(ranks, expected(float64_scores(near), [1] * 8))
 
 
@@ -305,7 +305,7 @@ def test_compile_with_inductor():
 
 LOGITS = torch.randn(2, 6, 4)
 GOOD = {"logits": LOGITS, "j": 3}
-bad = functools.partial(Bad, "assign_ranks", GOOD)
+bad = functools.partial(InvalidCall, "assign_ranks", GOOD)
 RANKS = "ranks of logits (the last class is 'not ranked')"
 BAD = [
     bad(ValueError, "logits", "of shape [4]", "of rank 2 or 3", logits=LOGITS[0, 0]),
@@ -323,19 +323,19 @@ BAD = [
 ]
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
-@refused([bad for bad in BAD if bad.argument == "j"])
+@invalid([bad for bad in BAD if bad.argument == "j"])
 def test_errors_under_compile(bad):
-    bad.assert_refused_under_compile()
+    bad.assert_raises_under_compile()
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_errors_under_compile(bad):
     ],
 )
 def test_errors_of_type(changes, words):
-    assert_type_refused("assign_ranks", {**GOOD, **changes}, words)
+    assert_type_error("assign_ranks", {**GOOD, **changes}, words)
 
 
 # CUDA

@@ -43,10 +43,10 @@ from tests.contract import (
     call,
     every_backend,
     every_kernel,
-    on,
+    on_targets,
     size,
 )
-from tests.refusals import Bad, assert_type_refused, ints, refused
+from tests.invalid_calls import InvalidCall, assert_type_error, ints, invalid
 from tests.strategies import laid_out
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
@@ -296,7 +296,7 @@ def test_given_lse(target):
     again, found = mass_of(target, *args, lse=lse)
     close(again, mass)
     assert_same_bits(found, lse)
-    args, lse = contract.moved((args, lse), target.device)
+    args, lse = contract.to_device((args, lse), target.device)
     with pruneops.backend(target.backend):
         assert pruneops.attention_mass(*args, lse=lse).lse.data_ptr() != lse.data_ptr()
 
@@ -334,7 +334,7 @@ def test_strides_change_no_bit(target, shape, dtype):
         assert_same_bits((mass_of(target, *own), mass_of(target, *own, lse=side(lse))), plain)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     for shape in ((2, 4, 2, 200, 300, 40), (1, 4, 4, 1, 3000, 40)):
         inputs = form_inputs(0, shape)
@@ -342,11 +342,11 @@ def test_threads_change_no_bit(target):
             contract.assert_threads_change_no_bit(lambda inputs=inputs: every_form(*inputs))
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     """Calls from several threads at once give the answers of calls in turn."""
     calls = [functools.partial(every_form, *form_inputs(seed, (2, 4, 2, 50, 90, 20))) for seed in range(4)]
-    results = contract.all_at_once(target, calls)
+    results = contract.run_concurrently(target, calls)
     with pruneops.backend(target.backend):
         assert_same_bits(results, [call() for call in calls])
 
@@ -449,20 +449,20 @@ def test_edges(target, shape):
 
 @every_backend
 def test_no_gradient(target):
-    query, key, *others = contract.moved(form_inputs(0, (2, 4, 2, 5, 7, 4)), target.device)
+    query, key, *others = contract.to_device(form_inputs(0, (2, 4, 2, 5, 7, 4)), target.device)
     with pruneops.backend(target.backend):
         results = every_form(query.requires_grad_(), key.requires_grad_(), *others)
     assert not any(result.requires_grad for result in results)
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Tokens, heads, groups and lse far apart in sparse files."""
     shape = 2, 4, 2, 3, 5, 16
     query, key, options = counting(*shape, torch.Generator().manual_seed(0))
     query_group, key_group = random_groups(shape)
     truth = float64_mass(query, key, query_group, key_group, 3, **options)[0].float()
-    far = functools.partial(contract.far_apart, tmp_path)
+    far = functools.partial(contract.with_gaps_past_2_31, tmp_path)
     sides = far(query_group, 1), far(key_group, 1), 3
     options["lse"] = far(options["lse"], 2)
     with pruneops.backend(target.backend):  # `call` would copy the files
@@ -470,7 +470,7 @@ def test_offsets_past_two_to_the_31(target, tmp_path):
             assert_same_bits(pruneops.attention_mass(far(query, dim), far(key, dim), *sides, **options).mass, truth)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_memory(target):
     """Far below the matrix of 1.8 GB, and in decode below the 134 MB of the keys."""
     call = "pruneops.attention_mass(query, key, query_group, key_group, 3)"
@@ -481,7 +481,7 @@ def test_memory(target):
 # Triton
 
 
-@on(*TRITON_TARGETS)
+@on_targets(*TRITON_TARGETS)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("shape", [(1, 4, 2, 45, 70, 33), (1, 7, 1, 20, 40, 16), (1, 8, 2, 2, 150, 20)], ids=str)
 def test_triton_small_tiles(target, shape, whole, monkeypatch):
@@ -494,7 +494,7 @@ def test_triton_small_tiles(target, shape, whole, monkeypatch):
     close(mass_of(target, *args), float64_mass(*args))
 
 
-@on(*TRITON_TARGETS)
+@on_targets(*TRITON_TARGETS)
 @pytest.mark.parametrize("given_lse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 2, 1, 40, 130, 8), (1, 2, 1, 1, 130, 8)], ids=str)
 def test_triton_unchecked_groups(target, shape, given_lse):
@@ -508,8 +508,8 @@ def test_triton_unchecked_groups(target, shape, given_lse):
     checked = [group.where(group < 3, -1) for group in (query_group, key_group)]
     truth, true_lse = float64_mass(query, key, *checked, 3)
     given = true_lse.float() if given_lse else None
-    args = contract.moved((query, key, query_group, key_group, 3, True, shape[-1] ** -0.5, given), target.device)
-    mass, lse = contract.moved(kernels.attention_mass(*args), "cpu")
+    args = contract.to_device((query, key, query_group, key_group, 3, True, shape[-1] ** -0.5, given), target.device)
+    mass, lse = contract.to_device(kernels.attention_mass(*args), "cpu")
     close(mass, truth)
     valid = (query_group < 3)[:, None].expand_as(lse)
     close(lse[valid], true_lse[valid])
@@ -660,7 +660,7 @@ def test_errors_of_ratios(group):
 QUERY, KEY, SIDE, OTHER, _ = form_inputs(0, (2, 4, 2, 5, 6, 8))
 GOOD = {"query": QUERY, "key": KEY, "query_group": SIDE, "key_group": OTHER, "groups": 3}
 BAD = attention_errors("attention_mass", GOOD)
-bad = functools.partial(Bad, "attention_mass", GOOD)
+bad = functools.partial(InvalidCall, "attention_mass", GOOD)
 BAD += [
     bad(ValueError, "groups", "0", "1 to 8", groups=0),
     bad(ValueError, "groups", "9", "1 to 8", groups=9),
@@ -676,19 +676,19 @@ BAD += [
 ]
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
-@refused([bad for bad in BAD if bad.argument == "groups" or bad.id.startswith("attention_mass-lse-of")])
+@invalid([bad for bad in BAD if bad.argument == "groups" or bad.id.startswith("attention_mass-lse-of")])
 def test_errors_under_compile(bad):
-    bad.assert_refused_under_compile()
+    bad.assert_raises_under_compile()
 
 
 @pytest.mark.parametrize(
@@ -701,13 +701,13 @@ def test_errors_under_compile(bad):
     ],
 )
 def test_errors_of_type(changes, words):
-    assert_type_refused("attention_mass", {**GOOD, **changes}, words)
+    assert_type_error("attention_mass", {**GOOD, **changes}, words)
 
 
 @pytest.mark.gpu
 def test_errors_on_cuda(monkeypatch):
     """Groups are read under PRUNEOPS_DEBUG=1 only."""
-    args = contract.moved([*GOOD.values()], "cuda")
+    args = contract.to_device([*GOOD.values()], "cuda")
     with pytest.raises(ValueError, match="on the device of query, cuda"):
         pruneops.attention_mass(*args[:3], OTHER, 3)
     monkeypatch.setenv("PRUNEOPS_DEBUG", "1")
@@ -721,7 +721,7 @@ def test_errors_on_cuda(monkeypatch):
 @CUDA_KERNELS
 @cuda_checks.every_check
 def test_cuda(target, check):
-    check(target, every_form, lambda seed: contract.moved(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
+    check(target, every_form, lambda seed: contract.to_device(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
 
 
 @CUDA_KERNELS
@@ -734,7 +734,7 @@ def test_cuda_offsets_past_two_to_the_31(target, queries):
     truth = float64_mass(query, key, *sides, 3, **options)[0].float()
     room = torch.empty(300 * gap, dtype=torch.bfloat16, device="cuda")
     far = room.as_strided(key.shape, (32, 16, gap, 1)).copy_(key)
-    args, options = contract.moved(((query.bfloat16(), *sides, 3), options), "cuda")
+    args, options = contract.to_device(((query.bfloat16(), *sides, 3), options), "cuda")
     with pruneops.backend(target.backend):
         assert_same_bits(pruneops.attention_mass(args[0], far, *args[1:], **options).mass.cpu(), truth)
 
@@ -743,7 +743,7 @@ def test_cuda_offsets_past_two_to_the_31(target, queries):
 def test_cuda_memory(target):
     """G + 2 floats a row; the matrix would take 8.6 GB."""
     shape = 1, 8, 2, 2**14, 2**14, 64
-    query, key = contract.moved(real(*shape, dtype=torch.bfloat16), "cuda")
+    query, key = contract.to_device(real(*shape, dtype=torch.bfloat16), "cuda")
     group = torch.arange(2**14, device="cuda").remainder(3)[None]
     with pruneops.backend(target.backend):
         pruneops.attention_mass(query, key, group, group, 3)

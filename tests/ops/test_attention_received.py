@@ -43,10 +43,10 @@ from tests.contract import (
     call,
     every_backend,
     every_kernel,
-    on,
+    on_targets,
     size,
 )
-from tests.refusals import Bad, assert_type_refused, bools, refused
+from tests.invalid_calls import InvalidCall, assert_type_error, bools, invalid
 from tests.strategies import laid_out
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
@@ -337,7 +337,7 @@ def test_strides_change_no_bit(target, shape, dtype):
         assert_same_bits(both(*own), plain)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     for shape in ((2, 4, 2, 200, 300, 40), (1, 4, 4, 1, 3000, 40)):
         inputs = form_inputs(0, shape)
@@ -345,11 +345,11 @@ def test_threads_change_no_bit(target):
             contract.assert_threads_change_no_bit(lambda inputs=inputs: every_form(*inputs))
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     """Calls from several threads at once give the answers of calls in turn."""
     calls = [functools.partial(every_form, *form_inputs(seed, (2, 4, 2, 50, 90, 20))) for seed in range(4)]
-    results = contract.all_at_once(target, calls)
+    results = contract.run_concurrently(target, calls)
     with pruneops.backend(target.backend):
         assert_same_bits(results, [call() for call in calls])
 
@@ -431,27 +431,27 @@ def test_edges(target, shape):
 
 @every_backend
 def test_no_gradient(target):
-    query, key, *others = contract.moved(form_inputs(0, (2, 4, 2, 5, 7, 4)), target.device)
+    query, key, *others = contract.to_device(form_inputs(0, (2, 4, 2, 5, 7, 4)), target.device)
     with pruneops.backend(target.backend):
         results = every_form(query.requires_grad_(), key.requires_grad_(), *others)
     assert not any(result.requires_grad for result in results)
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Tokens, heads, masks and lse far apart in sparse files."""
     shape = 2, 4, 2, 3, 5, 16
     query, key, options = counting(*shape, torch.Generator().manual_seed(0))
     options |= random_masks(shape)
     truth = float64_received(query, key, **options).float()
-    far = functools.partial(contract.far_apart, tmp_path)
+    far = functools.partial(contract.with_gaps_past_2_31, tmp_path)
     options = {name: far(t, t.dim() - 1) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
     with pruneops.backend(target.backend):  # `call` would copy the files
         for dim in (0, 1, 2):
             assert_same_bits(pruneops.attention_received(far(query, dim), far(key, dim), **options), truth)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_memory(target):
     """Far below the matrix of 1.8 GB, and in decode below the 134 MB of the keys."""
     for extra in native_memory("pruneops.attention_received(query, key)"):
@@ -461,7 +461,7 @@ def test_memory(target):
 # Triton
 
 
-@on(*TRITON_TARGETS)
+@on_targets(*TRITON_TARGETS)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("shape", [(1, 4, 2, 45, 70, 33), (1, 7, 1, 20, 40, 16), (1, 8, 2, 2, 150, 20)], ids=str)
 def test_triton_small_tiles(target, shape, whole, monkeypatch):
@@ -474,7 +474,7 @@ def test_triton_small_tiles(target, shape, whole, monkeypatch):
     close(received_by(target, query, key), float64_received(query, key))
 
 
-@on(*TRITON_TARGETS)
+@on_targets(*TRITON_TARGETS)
 @pytest.mark.parametrize("queries", [1, 100])
 def test_triton_normaliser_is_no_logarithm(target, queries):
     """One visible key gets exactly 1 from every query, at logits of all sizes: a logarithm would round by their ulp."""
@@ -568,7 +568,7 @@ def test_compile_with_inductor():
 QUERY, KEY, MARKED, SEEN, _ = form_inputs(0, (2, 4, 2, 5, 6, 8))
 GOOD = {"query": QUERY, "key": KEY}
 BAD = attention_errors("attention_received", GOOD)
-bad = functools.partial(Bad, "attention_received", GOOD)
+bad = functools.partial(InvalidCall, "attention_received", GOOD)
 BAD += [
     bad(TypeError, "query_mask", "torch.int64", "bool", query_mask=MARKED.long()),
     bad(TypeError, "key_mask", "torch.uint8", "bool", key_mask=SEEN.byte()),
@@ -580,19 +580,19 @@ BAD += [
 ]
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
-@refused([bad for bad in BAD if bad.argument == "query_mask" and bad.error is ValueError])
+@invalid([bad for bad in BAD if bad.argument == "query_mask" and bad.error is ValueError])
 def test_errors_under_compile(bad):
-    bad.assert_refused_under_compile()
+    bad.assert_raises_under_compile()
 
 
 @pytest.mark.parametrize(
@@ -604,7 +604,7 @@ def test_errors_under_compile(bad):
     ],
 )
 def test_errors_of_type(changes, words):
-    assert_type_refused("attention_received", {**GOOD, **changes}, words)
+    assert_type_error("attention_received", {**GOOD, **changes}, words)
 
 
 # CUDA
@@ -613,7 +613,7 @@ def test_errors_of_type(changes, words):
 @CUDA_KERNELS
 @cuda_checks.every_check
 def test_cuda(target, check):
-    check(target, every_form, lambda seed: contract.moved(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
+    check(target, every_form, lambda seed: contract.to_device(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
 
 
 @CUDA_KERNELS
@@ -627,14 +627,14 @@ def test_cuda_offsets_past_two_to_the_31(target, queries):
     room = torch.empty(300 * gap, dtype=torch.bfloat16, device="cuda")
     far = room.as_strided(key.shape, (32, 16, gap, 1)).copy_(key)
     with pruneops.backend(target.backend):
-        received = pruneops.attention_received(query.bfloat16().cuda(), far, **contract.moved(options, "cuda"))
+        received = pruneops.attention_received(query.bfloat16().cuda(), far, **contract.to_device(options, "cuda"))
     assert_same_bits(received.cpu(), truth)
 
 
 @CUDA_KERNELS
 def test_cuda_memory(target):
     """A few floats a row; the matrix would take 8.6 GB."""
-    query, key = contract.moved(real(1, 8, 2, 2**14, 2**14, 64, dtype=torch.bfloat16), "cuda")
+    query, key = contract.to_device(real(1, 8, 2, 2**14, 2**14, 64, dtype=torch.bfloat16), "cuda")
     with pruneops.backend(target.backend):
         pruneops.attention_received(query, key)
         torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@ import torch
 import pruneops
 from pruneops import backends
 from tests import contract
-from tests.contract import assert_same_bits, clustered, every_backend, moved
+from tests.contract import assert_same_bits, clustered, every_backend, to_device
 
 X, PIVOTS = clustered((2, 40, 24)), torch.tensor([[3, 9], [0, 39]])
 QUERY, KEY = clustered((2, 4, 24, 16), seed=1), clustered((2, 2, 24, 16), seed=2)
@@ -38,11 +38,11 @@ CALLS = {
 
 def answer(op, device):
     """Results on the CPU: what is returned, or the tensors that are changed."""
-    args, kwargs = moved(CALLS[op], device)
+    args, kwargs = to_device(CALLS[op], device)
     if op.endswith("_"):
         args = [tensor.clone() for tensor in args[0]], *args[1:]
     result = getattr(pruneops, op)(*args, **kwargs)
-    return moved(args[0] if result is None else result, "cpu")
+    return to_device(args[0] if result is None else result, "cpu")
 
 
 def test_every_operator_is_called():
@@ -87,7 +87,7 @@ def test_gradients(target):
     """Of what is gathered inside and outside."""
 
     def gradients():
-        tensors = [t.clone().requires_grad_() for t in moved([X, POSITIONS], target.device)]
+        tensors = [t.clone().requires_grad_() for t in to_device([X, POSITIONS], target.device)]
         gathered = pruneops.gather_tokens(tensors, KEEP.to(target.device), dim=[1, 2])
         sum((own * own.cos()).sum() for own in gathered).backward()
         return [tensor.grad for tensor in tensors]

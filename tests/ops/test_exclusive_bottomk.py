@@ -23,12 +23,12 @@ from tests.contract import (
     clustered,
     every_backend,
     every_kernel,
-    on,
+    on_targets,
     seeds_and_mask,
     size,
 )
+from tests.invalid_calls import DTYPE_NAMES, InvalidCall, assert_type_error, bools, ints, invalid
 from tests.ops.test_pivot_cosine import float64_cosines, pivots_of
-from tests.refusals import DTYPE_NAMES, Bad, assert_type_refused, bools, ints, refused
 from tests.strategies import DTYPES, LAYOUTS, laid_out
 
 
@@ -197,7 +197,7 @@ def test_quota_ends_among_ties(target, lower):
         assert_taken(target, scores, [quota])
 
 
-@on(REFERENCE, NATIVE, Target("triton", "cuda"), Target("cuda", "cuda"))
+@on_targets(REFERENCE, NATIVE, Target("triton", "cuda"), Target("cuda", "cuda"))
 @pytest.mark.parametrize("name", ["two values", "descending", "real"])
 def test_many_tokens(target, name):
     """70000 tokens; 2^20 of which the last come first."""
@@ -322,7 +322,7 @@ def test_strides_change_no_bit(target):
         assert_same_bits(again, plain)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     """Batch rows, and the tokens of one row, shared out among threads."""
     scores = torch.randn(3, 5, 9000, generator=torch.Generator().manual_seed(0)).half()
@@ -340,14 +340,14 @@ def test_threads_change_no_bit(target):
     contract.assert_threads_change_no_bit(run)
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     """Calls from several threads at once give the answers of calls in turn."""
     cases = [hard_case(name, 3, 500) for name in ("real", "two values", "equal", "huge range")]
     calls = [functools.partial(pruneops.exclusive_bottomk, scores, q, taken=taken) for scores, q, taken, _ in cases]
-    assert_same_bits(contract.all_at_once(target, calls), [answer for *_, answer in cases])
+    assert_same_bits(contract.run_concurrently(target, calls), [answer for *_, answer in cases])
     inputs = [(clustered((150, 20), seed), torch.arange(3), [10, 20, 30]) for seed in range(4)]
-    results = contract.all_at_once(target, [functools.partial(pruneops.pivot_bottomk, *own) for own in inputs])
+    results = contract.run_concurrently(target, [functools.partial(pruneops.pivot_bottomk, *own) for own in inputs])
     assert_same_bits(results, [call(target, "pivot_bottomk", *own) for own in inputs])
 
 
@@ -408,7 +408,7 @@ def test_no_gradient(target):
     assert not any(result.requires_grad for result in results)
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Rows, batch entries, marks and tokens, far apart in sparse files."""
     generator = torch.Generator().manual_seed(0)
@@ -419,12 +419,17 @@ def test_offsets_past_two_to_the_31(target, tmp_path):
     pivots = pivots_of((2, 30), 4, generator)
     with pruneops.backend(target.backend):  # `call` would copy the files
         for dim in (0, 1):
-            scores, marks = contract.far_apart(tmp_path, near, dim), contract.far_apart(tmp_path, taken, dim)
+            scores, marks = (
+                contract.with_gaps_past_2_31(tmp_path, near, dim),
+                contract.with_gaps_past_2_31(tmp_path, taken, dim),
+            )
             assert_same_bits(pruneops.exclusive_bottomk(scores, quotas, taken=marks), answer)
-            chosen = pruneops.pivot_bottomk(contract.far_apart(tmp_path, x, dim), pivots, quotas, mask=~taken[:2])
+            chosen = pruneops.pivot_bottomk(
+                contract.with_gaps_past_2_31(tmp_path, x, dim), pivots, quotas, mask=~taken[:2]
+            )
             assert_same_bits(chosen, expected(float64_cosines(x, pivots), quotas, taken[:2]))
-        marks = contract.far_apart(tmp_path, ~taken[:2], 1)
-        chosen = pruneops.pivot_bottomk(x, contract.far_apart(tmp_path, pivots, 1), quotas, mask=marks)
+        marks = contract.with_gaps_past_2_31(tmp_path, ~taken[:2], 1)
+        chosen = pruneops.pivot_bottomk(x, contract.with_gaps_past_2_31(tmp_path, pivots, 1), quotas, mask=marks)
         assert_same_bits(chosen, expected(float64_cosines(x, pivots), quotas, taken[:2]))
 
 
@@ -482,8 +487,8 @@ GOOD = {
     "exclusive_bottomk": {"scores": torch.randn(2, 3, 6), "quotas": [1, 2, 0]},
     "pivot_bottomk": {"x": X, "pivots": ints([0, 1, 2], [5, 5, 5]), "quotas": [1, 2, 0]},
 }
-bottomk = functools.partial(Bad, "exclusive_bottomk", GOOD["exclusive_bottomk"])
-pivoted = functools.partial(Bad, "pivot_bottomk", GOOD["pivot_bottomk"])
+bottomk = functools.partial(InvalidCall, "exclusive_bottomk", GOOD["exclusive_bottomk"])
+pivoted = functools.partial(InvalidCall, "pivot_bottomk", GOOD["pivot_bottomk"])
 SCORES, PIVOTS = GOOD["exclusive_bottomk"]["scores"], GOOD["pivot_bottomk"]["pivots"]
 TWO_FREE = torch.arange(6).lt(2).expand(2, 6)
 ONE_EACH = "one for each of the 3 rows of"
@@ -527,19 +532,19 @@ BAD = [
 ]
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
-@refused([bad for bad in BAD if bad.argument in ("quotas[1]", "sum(quotas)") and not bad.values])
+@invalid([bad for bad in BAD if bad.argument in ("quotas[1]", "sum(quotas)") and not bad.values])
 def test_errors_under_compile(bad):
-    bad.assert_refused_under_compile()
+    bad.assert_raises_under_compile()
 
 
 @pytest.mark.parametrize(
@@ -557,7 +562,7 @@ def test_errors_under_compile(bad):
     ],
 )
 def test_errors_of_type(op, changes, words):
-    assert_type_refused(op, {**GOOD[op], **changes}, words)
+    assert_type_error(op, {**GOOD[op], **changes}, words)
 
 
 @pytest.mark.gpu
@@ -592,7 +597,7 @@ def cuda_inputs(seed, tokens=3000):
     generator = torch.Generator().manual_seed(seed)
     scores, taken = torch.randn(3, 5, tokens, generator=generator), torch.rand(3, tokens, generator=generator) < 0.2
     x = clustered((2, 600, 128), seed, dtype=torch.bfloat16)
-    return contract.moved([scores, taken, x, *seeds_and_mask((2, 600), 5, seed=seed)], "cuda")
+    return contract.to_device([scores, taken, x, *seeds_and_mask((2, 600), 5, seed=seed)], "cuda")
 
 
 @CUDA_KERNELS

@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 import pruneops
 from pruneops.ops.gather_tokens import _dims
 from tests import contract, cuda_checks, strategies
-from tests.contract import CUDA_KERNELS, NATIVE, REFERENCE, assert_same_bits, call, every_backend, moved, on, size
-from tests.moves import BITS, PLACES, any_bits
-from tests.refusals import Bad, assert_type_refused, ints, refused
+from tests.contract import (
+    CUDA_KERNELS,
+    NATIVE,
+    REFERENCE,
+    assert_same_bits,
+    call,
+    every_backend,
+    on_targets,
+    size,
+    to_device,
+)
+from tests.invalid_calls import InvalidCall, assert_type_error, ints, invalid
+from tests.token_copy import BITS, PLACES, any_bits
 
 
 def gathered(tensor, keep, dim):
@@ -115,18 +125,20 @@ def test_high_rank(target):
     assert_same_bits(call(target, "gather_tokens", [tensor], keep, dim=4), [gathered(tensor, keep, 4)])
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     tensors, dims = model_state(2, 2000, 512)
     keep = torch.randint(0, 2000, (2, 500), generator=torch.Generator().manual_seed(0))
     contract.assert_threads_change_no_bit(lambda: call(target, "gather_tokens", tensors, keep, dim=dims))
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     inputs = [any_bits((2, 300, 64), torch.float32, seed) for seed in range(4)]
     keep = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
-    results = contract.all_at_once(target, [functools.partial(pruneops.gather_tokens, [own], keep) for own in inputs])
+    results = contract.run_concurrently(
+        target, [functools.partial(pruneops.gather_tokens, [own], keep) for own in inputs]
+    )
     assert_same_bits(results, [call(target, "gather_tokens", [own], keep) for own in inputs])
 
 
@@ -148,13 +160,13 @@ def test_edges(target):
         assert_same_bits(result, tensor if result.numel() else torch.empty(*keep_shape, *shape[2:]).half())
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_offsets_past_two_to_the_31(target, tmp_path, dim):
     """Batch rows and tokens far apart in sparse files."""
     near, keep = any_bits((3, 4, 8), torch.float32), torch.tensor([[0, 3], [2, 1], [3, 3]])
     with pruneops.backend(target.backend):  # `call` would copy the file
-        results = pruneops.gather_tokens([contract.far_apart(tmp_path, near, dim)], keep)
+        results = pruneops.gather_tokens([contract.with_gaps_past_2_31(tmp_path, near, dim)], keep)
     assert_same_bits(results, [gathered(near, keep, 1)])
 
 
@@ -237,7 +249,7 @@ def test_compile_with_inductor():
 
 HIDDEN = torch.randn(2, 5, 3)
 GOOD = {"tensors": [HIDDEN], "keep": ints([0, 2], [4, 4])}
-bad = functools.partial(Bad, "gather_tokens", GOOD)
+bad = functools.partial(InvalidCall, "gather_tokens", GOOD)
 BAD = [
     bad(ValueError, "tensors", "an empty list", "at least one tensor", tensors=[]),
     bad(TypeError, "keep", "torch.int32", "int64", keep=GOOD["keep"].int()),
@@ -255,22 +267,22 @@ BAD = [
 ]  # fmt: skip
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@on(*contract.CPU_TARGETS)
-@refused(BAD)
+@on_targets(*contract.CPU_TARGETS)
+@invalid(BAD)
 def test_errors_of_backends(target, bad):
     with pruneops.backend(target.backend), pytest.raises(bad.error) as error:
         pruneops.gather_tokens(*bad.args, **bad.kwargs)
     assert str(error.value) == bad.message
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
 @pytest.mark.parametrize(
@@ -283,13 +295,13 @@ def test_errors_without_values(bad):
     ],
 )
 def test_errors_of_type(changes, words):
-    assert_type_refused("gather_tokens", {**GOOD, **changes}, words)
+    assert_type_error("gather_tokens", {**GOOD, **changes}, words)
 
 
 # Triton's launcher
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_triton_refuses(bad):
     """As on a card, where nothing looks at the arguments before the launcher does."""
     kernels = pytest.importorskip("pruneops.triton_kernels.gather_tokens")
@@ -327,6 +339,6 @@ def test_cuda(target, check):
     def inputs(seed):
         tensors, _ = model_state(2, 900, 256, seed=seed)
         keep = torch.randint(0, 900, (2, 300), generator=torch.Generator().manual_seed(seed))
-        return [moved(own.clone(), "cuda") for own in (keep, *tensors)]
+        return [to_device(own.clone(), "cuda") for own in (keep, *tensors)]
 
     check(target, run, inputs)

@@ -21,11 +21,11 @@ from tests.contract import (
     call,
     clustered,
     every_backend,
-    on,
+    on_targets,
     seeds_and_mask,
     size,
 )
-from tests.refusals import DTYPE_NAMES, Bad, assert_type_refused, bools, ints, refused
+from tests.invalid_calls import DTYPE_NAMES, InvalidCall, assert_type_error, bools, ints, invalid
 from tests.strategies import DTYPES, laid_out
 
 METRICS = ("cosine", "euclidean")
@@ -272,7 +272,7 @@ def test_huge_and_tiny_magnitudes(target, power):
         )
 
 
-@on(*TRITON_TARGETS)
+@on_targets(*TRITON_TARGETS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_triton_rounds(target, metric, monkeypatch):
     """The form for large N on small N, with tiles and candidates so few that there are many of each."""
@@ -282,7 +282,7 @@ def test_triton_rounds(target, metric, monkeypatch):
     monkeypatch.setattr(kernels, "GRAM_TOKENS", 0)
     monkeypatch.setattr(kernels, "CANDIDATES", (16, 16))
     monkeypatch.setattr(
-        kernels, "ROUNDS", {access: (small, options) for access, (_, options) in kernels.ROUNDS.items()}
+        kernels, "ROUNDS", {alignment: (small, options) for alignment, (_, options) in kernels.ROUNDS.items()}
     )
     generator = torch.Generator().manual_seed(0)
     tokens = 100
@@ -297,13 +297,13 @@ def test_triton_rounds(target, metric, monkeypatch):
             assert_answer(case, case.run(target), tolerance)
 
 
-@on(contract.Target("triton", "cpu"))
+@on_targets(contract.Target("triton", "cpu"))
 @pytest.mark.parametrize("metric", METRICS)
 def test_triton_similarities_of_copies(target, metric, monkeypatch):
     """Equal tokens are equally similar to all others, to the bit, in tiles that are computed and that are mirrored."""
     from pruneops.triton_kernels import kcenter as kernels
 
-    small = {access: ({"BLOCK": 16, "BLOCK_D": 16}, options) for access, (_, options) in kernels.GRAM.items()}
+    small = {alignment: ({"BLOCK": 16, "BLOCK_D": 16}, options) for alignment, (_, options) in kernels.GRAM.items()}
     seen, greedy = [], kernels._kcenter_greedy_kernel
     monkeypatch.setattr(kernels, "GRAM", small)
     monkeypatch.setattr(kernels, "_kcenter_greedy_kernel", lambda *args: (seen.append(args[2].clone()), greedy(*args)))
@@ -351,7 +351,7 @@ def test_without_batch_dimension(target):
     assert_same_bits(single, [result[0] for result in batched])
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     """Rows, packed sequences, and the tokens of one row shared out among 1, 2, 3 and 7 threads."""
     x = clustered((3, 900, 130))
@@ -364,11 +364,11 @@ def test_threads_change_no_bit(target):
     contract.assert_threads_change_no_bit(run)
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     """Calls from several threads at once give the answers of calls in turn."""
     cases = [Case(clustered((40, 20), seed), 20) for seed in range(4)]
-    results = contract.all_at_once(target, [functools.partial(pruneops.kcenter, case.x, case.k) for case in cases])
+    results = contract.run_concurrently(target, [functools.partial(pruneops.kcenter, case.x, case.k) for case in cases])
     for case, result in zip(cases, results):
         assert_answer(case, result, rounding(case.x, case.metric))
 
@@ -439,11 +439,11 @@ def test_no_gradient(target):
     assert not any(result.requires_grad for result in results)
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Two rows whose tokens interleave, far apart in a sparse file."""
     near = contract.signs((2, 4, 16), torch.Generator().manual_seed(0))
-    x = contract.far_apart(tmp_path, near, 1)
+    x = contract.with_gaps_past_2_31(tmp_path, near, 1)
     case = Case(near, 4)
     with pruneops.backend(target.backend):  # `call` would copy the file
         assert_answer(case, pruneops.kcenter(x, 4))
@@ -451,7 +451,7 @@ def test_offsets_past_two_to_the_31(target, tmp_path):
     assert torch.equal(packed.indices, case.run(REFERENCE).indices[1])
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_memory(target):
     """O(N m): far below the 2.2 GB of N x N and the 96 MB of a copy of x."""
     extra = contract.run_python(
@@ -524,8 +524,8 @@ X = torch.randn(2, 6, 4)
 GOOD = {"kcenter": {"x": X, "k": 3}, "kcenter_varlen": {"x": X[0], "cu_seqlens": torch.tensor([0, 2, 6]), "ks": [1, 2]}}
 
 
-kcenter = functools.partial(Bad, "kcenter", GOOD["kcenter"])
-packed = functools.partial(Bad, "kcenter_varlen", GOOD["kcenter_varlen"])
+kcenter = functools.partial(InvalidCall, "kcenter", GOOD["kcenter"])
+packed = functools.partial(InvalidCall, "kcenter_varlen", GOOD["kcenter_varlen"])
 
 HERE = "on the device of x, cpu"
 TWO_OPEN = torch.arange(6).lt(2)
@@ -581,19 +581,19 @@ BAD = [
 ]
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
-@refused([bad for bad in BAD if bad.argument in ("k", "ks[1]") and not bad.values])
+@invalid([bad for bad in BAD if bad.argument in ("k", "ks[1]") and not bad.values])
 def test_errors_under_compile(bad):
-    bad.assert_refused_under_compile()
+    bad.assert_raises_under_compile()
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def test_errors_under_compile(bad):
     ],
 )
 def test_errors_of_type(op, changes, words):
-    assert_type_refused(op, {**GOOD[op], **changes}, words)
+    assert_type_error(op, {**GOOD[op], **changes}, words)
 
 
 @pytest.mark.gpu
@@ -665,7 +665,7 @@ def test_cuda_offsets_past_two_to_the_31(target, tokens):
     with pruneops.backend(target.backend):
         result = pruneops.kcenter(spread, 40)
         packed = pruneops.kcenter_varlen(spread[1], torch.tensor([0, tokens], device="cuda"), [40])
-    assert_answer(case, contract.moved(result, "cpu"))
+    assert_answer(case, contract.to_device(result, "cpu"))
     assert torch.equal(packed.indices, result.indices[1])
 
 
@@ -703,12 +703,12 @@ import pruneops
 from pruneops import reference
 from pruneops.triton_kernels import kcenter as kernels
 from tests import contract
-from tests.resident_programs import Resident
+from tests.concurrent_programs import Resident
 
 torch.set_num_threads(1)
 small = {"BLOCK_S": 64, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16}
 kernels.GRAM_TOKENS, kernels.CANDIDATES = 0, (32, 32)
-kernels.ROUNDS = {access: (small, options) for access, (_, options) in kernels.ROUNDS.items()}
+kernels.ROUNDS = {alignment: (small, options) for alignment, (_, options) in kernels.ROUNDS.items()}
 kernels._kcenter_rounds_kernel.jit = Resident(kernels._kcenter_rounds_kernel.jit)
 generator = torch.Generator().manual_seed(0)
 for programs, batch in ((3, 1), (5, 2), (4, 3)):

@@ -9,9 +9,19 @@ from hypothesis import strategies as st
 
 import pruneops
 from tests import contract, cuda_checks
-from tests.contract import CUDA_KERNELS, NATIVE, REFERENCE, assert_same_bits, call, every_backend, moved, on, size
-from tests.moves import BITS, GARBAGE, PLACES, any_bits, ascending, positions, storage, with_garbage
-from tests.refusals import Bad, assert_type_refused, ints, refused
+from tests.contract import (
+    CUDA_KERNELS,
+    NATIVE,
+    REFERENCE,
+    assert_same_bits,
+    call,
+    every_backend,
+    on_targets,
+    size,
+    to_device,
+)
+from tests.invalid_calls import InvalidCall, assert_type_error, ints, invalid
+from tests.token_copy import BITS, GARBAGE, PLACES, any_bits, ascending, positions, storage, with_garbage
 
 
 def names(dtype):
@@ -37,7 +47,7 @@ def compacted(cache, keep, lengths=None):
 
 def compacted_storage(cache, keep, lengths=None):
     """All bytes around a cache after compaction in place."""
-    whole = moved(cache, "meta")  # a view of the same storage, elsewhere
+    whole = to_device(cache, "meta")  # a view of the same storage, elsewhere
     copy = storage(cache).clone().view(cache.dtype).as_strided(whole.shape, whole.stride(), whole.storage_offset())
     before = cache.clone()
     for b, h, r, position in entries(cache, keep, lengths):
@@ -48,7 +58,7 @@ def compacted_storage(cache, keep, lengths=None):
 def compact_in_place(target, caches, keep, lengths=None):
     """Storages of copies of the caches, on the target, after `kv_compact_`."""
     own = [c.clone(memory_format=torch.preserve_format) if c.device.type != "cpu" else again(c) for c in caches]
-    own, keep, lengths = moved((own, keep, lengths), target.device)
+    own, keep, lengths = to_device((own, keep, lengths), target.device)
     with pruneops.backend(target.backend):
         assert pruneops.kv_compact_(own, keep, lengths=lengths) is None
     return [storage(cache) for cache in own]
@@ -149,7 +159,7 @@ def test_many_tiles(target, place, share):
         assert_same_bits(compact_in_place(target, caches, keep, lengths), expected)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_exact_results_larger_than_caches(target):
     """Such are written past the caches of a processor where tokens are whole lines, as not all are."""
     forms = [(128, "contiguous"), (24, "contiguous"), (128, "tokens outside"), (128, "off by one"), (20, "off by one")]
@@ -183,10 +193,10 @@ def test_keys_and_values_of_one_tensor(target):
     """Interleaved per token, as paged and fused caches hold them: two views of one storage."""
     both = any_bits((2, 9, 2, 3, 16), torch.bfloat16)  # [B, S, 2, Hk, D]
     keep = ascending((2,), 4, 9, torch.Generator().manual_seed(3))
-    held = moved(both.clone(), target.device)
+    held = to_device(both.clone(), target.device)
     caches = [half.transpose(1, 2) for half in held.unbind(2)]
     with pruneops.backend(target.backend):
-        pruneops.kv_compact_(caches, moved(keep, target.device))
+        pruneops.kv_compact_(caches, to_device(keep, target.device))
     expected = both.clone()
     for half, own in zip(expected.unbind(2), both.unbind(2)):
         half[:, :4] = compacted(own.transpose(1, 2), keep).transpose(1, 2)
@@ -232,7 +242,7 @@ def test_two_steps_are_one(target):
     cache = any_bits((1, 2, 50, 16), torch.float32)
     first = ascending((1,), 30, 50, torch.Generator().manual_seed(1))
     second = ascending((1,), 12, 30, torch.Generator().manual_seed(2))
-    held, one, other = moved((cache.clone(), first, second), target.device)
+    held, one, other = to_device((cache.clone(), first, second), target.device)
     with pruneops.backend(target.backend):
         pruneops.kv_compact_([held], one)
         pruneops.kv_compact_([held], other)
@@ -240,7 +250,7 @@ def test_two_steps_are_one(target):
     assert_same_bits(held[:, :, :12].cpu(), direct)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     caches = [any_bits((1, 2, 2000, 128), torch.float32, seed) for seed in range(3)]
     keep = ascending((1,), 1500, 2000, torch.Generator().manual_seed(1))
@@ -251,11 +261,11 @@ def test_threads_change_no_bit(target):
     contract.assert_threads_change_no_bit(run)
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     inputs = [any_bits((1, 2, 300, 64), torch.float32, seed) for seed in range(4)]
     keep = ascending((1,), 100, 300, torch.Generator().manual_seed(1))
-    results = contract.all_at_once(target, [functools.partial(pruneops.kv_compact, [own], keep) for own in inputs])
+    results = contract.run_concurrently(target, [functools.partial(pruneops.kv_compact, [own], keep) for own in inputs])
     assert_same_bits(results, [call(target, "kv_compact", [own], keep) for own in inputs])
 
 
@@ -294,14 +304,14 @@ def test_garbage_past_the_lengths(target):
         assert_same_bits(after, [compacted_storage(cache, keep, lengths)])
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_offsets_past_two_to_the_31(target, tmp_path, dim):
     """Batch rows, heads and tokens far apart in sparse files."""
     near = any_bits((3, 3, 4, 8), torch.float32)
     keep = torch.tensor([[0, 3], [1, 2], [2, 3]])
     expected = compacted(near, keep)
-    far = contract.far_apart(tmp_path, near, dim)
+    far = contract.with_gaps_past_2_31(tmp_path, near, dim)
     with pruneops.backend(target.backend):  # `call` would copy the file
         assert_same_bits(pruneops.kv_compact([far], keep), [expected])
         pruneops.kv_compact_([far], keep)
@@ -373,7 +383,7 @@ def test_compile_with_inductor():
 
 CACHE, KEEP = torch.zeros(2, 3, 5, 4), ints([0, 2, 4], [1, 2, 3])
 GOOD = {"caches": [CACHE], "keep": KEEP}
-new, inside = (functools.partial(Bad, op, GOOD) for op in ("kv_compact", "kv_compact_"))
+new, inside = (functools.partial(InvalidCall, op, GOOD) for op in ("kv_compact", "kv_compact_"))
 ONE = torch.zeros(1, 1, 1, 1)
 
 
@@ -418,13 +428,13 @@ BAD = [
 ]  # fmt: skip
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@on(*contract.CPU_TARGETS)
-@refused(BAD)
+@on_targets(*contract.CPU_TARGETS)
+@invalid(BAD)
 def test_errors_of_backends(target, bad):
     """The same words, and nothing written."""
     before = [cache.clone() for cache in bad.args[0]]
@@ -434,9 +444,9 @@ def test_errors_of_backends(target, bad):
     assert_same_bits(list(bad.args[0]), before)
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
 @pytest.mark.parametrize("op", ["kv_compact", "kv_compact_"])
@@ -450,13 +460,13 @@ def test_errors_without_values(bad):
     ],
 )
 def test_errors_of_type(op, changes, words):
-    assert_type_refused(op, {**GOOD, **changes}, words)
+    assert_type_error(op, {**GOOD, **changes}, words)
 
 
 # Triton's launchers
 
 
-@refused([bad for bad in BAD if not bad.values or "same memory" in bad.id])
+@invalid([bad for bad in BAD if not bad.values or "same memory" in bad.id])
 def test_triton_refuses(bad):
     """As on a card, where nothing looks at the arguments before the launcher does."""
     kernels = pytest.importorskip("pruneops.triton_kernels.kv_compact")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import pruneops
 from tests import contract, cuda_checks, strategies
-from tests.contract import CUDA_KERNELS, NATIVE, REFERENCE, assert_same_bits, every_backend, moved, on, size
-from tests.moves import BITS, GARBAGE, any_bits, ascending, with_garbage
-from tests.refusals import Bad, assert_type_refused, ints, refused
+from tests.contract import CUDA_KERNELS, NATIVE, REFERENCE, assert_same_bits, every_backend, on_targets, size, to_device
+from tests.invalid_calls import InvalidCall, assert_type_error, ints, invalid
+from tests.token_copy import BITS, GARBAGE, any_bits, ascending, with_garbage
 
 
 def tables(B, blocks, pages, generator):
@@ -37,10 +37,10 @@ def expected(tensor, table, keep, lengths, layout):
 
 def compact(target, tensors, table, keep, lengths, layout="NHD"):
     """Copies of the tensors after compaction on the target."""
-    held, *own = moved(([t.clone() for t in tensors], table, keep, lengths), target.device)
+    held, *own = to_device(([t.clone() for t in tensors], table, keep, lengths), target.device)
     with pruneops.backend(target.backend):
         assert pruneops.paged_kv_compact_(held, *own, layout=layout) is None
-    return moved(held, "cpu")
+    return to_device(held, "cpu")
 
 
 def pages_of(pages, page, Hk, D, layout, dtype=torch.float16, together=False, seed=0):
@@ -145,9 +145,9 @@ def test_exact_bits(target, dtype):
     generator = torch.Generator().manual_seed(0)
     table, keep, lengths = tables(2, 3, 7, generator), ascending((2,), 7, 12, generator), torch.tensor([7, 5])
     both = any_bits((7, 4, 2, 3, 20), dtype)  # [pages, page, 2, Hk, D]: interleaved per token
-    held = moved(both.clone(), target.device)
+    held = to_device(both.clone(), target.device)
     with pruneops.backend(target.backend):
-        pruneops.paged_kv_compact_(list(held.unbind(2)), *moved((table, keep, lengths), target.device))
+        pruneops.paged_kv_compact_(list(held.unbind(2)), *to_device((table, keep, lengths), target.device))
     parts = [expected(part, table, keep, lengths, "NHD") for part in both.unbind(2)]
     assert_same_bits(held.cpu(), torch.stack(parts, 2))
     together = both.movedim(2, 1).contiguous()
@@ -217,7 +217,7 @@ assert pages[0, 0].equal(before[0, 2]) and pages[4, 0].equal(before[4, 1])
 """
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_tokens_that_stay_are_not_written(target):
     """The shared page lies in memory that cannot be written."""
     contract.run_python(READ_ONLY, target.backend, TRITON_INTERPRET="1")
@@ -244,7 +244,7 @@ def test_as_one_cache(target, layout):
     assert_same_bits(after, cache)
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     generator = torch.Generator().manual_seed(0)
     table, keep = tables(2, 60, 130, generator), ascending((2,), 800, 960, generator)
@@ -277,13 +277,13 @@ def test_garbage(target):
         assert_same_bits(compact(target, [tensor], *arguments), [expected(tensor, *arguments)])
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Pages far apart in a sparse file."""
     near = pages_of(4, 2, 2, 8, "NHD", torch.float32)
     table, keep, lengths = torch.tensor([[3, 0, 2]]).int(), torch.tensor([[1, 2, 5]]), torch.tensor([3])
     after = expected(near, table, keep, lengths, "NHD")
-    far = contract.far_apart(tmp_path, near, 0)
+    far = contract.with_gaps_past_2_31(tmp_path, near, 0)
     with pruneops.backend(target.backend):
         pruneops.paged_kv_compact_([far], table, keep, lengths)
     assert_same_bits(far.contiguous(), after)
@@ -331,7 +331,7 @@ def test_compile_without_graph_break(target):
 
 PAGES, TABLE = torch.zeros(6, 2, 3, 4), torch.tensor([[5, 0], [2, 3]]).int()
 GOOD = {"pages": [PAGES], "block_table": TABLE, "keep": ints([0, 2, 3], [1, 2, 3]), "lengths": ints(3, 2)}
-bad = functools.partial(Bad, "paged_kv_compact_", GOOD)
+bad = functools.partial(InvalidCall, "paged_kv_compact_", GOOD)
 RANK = "of rank 4 or 5: [pages, page, Hk, D] or [pages, 2, ...]"
 PLACE = "a page of its own at every place that tokens move to"
 BAD = [
@@ -373,13 +373,13 @@ BAD = [
 ]  # fmt: skip
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@on(*contract.CPU_TARGETS)
-@refused(BAD)
+@on_targets(*contract.CPU_TARGETS)
+@invalid(BAD)
 def test_errors_of_backends(target, bad):
     """The same words, and nothing written."""
     before = [tensor.clone() for tensor in bad.args[0]]
@@ -389,9 +389,9 @@ def test_errors_of_backends(target, bad):
     assert_same_bits(list(bad.args[0]), before)
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
 @pytest.mark.parametrize(
@@ -404,13 +404,13 @@ def test_errors_without_values(bad):
     ],
 )
 def test_errors_of_type(changes, words):
-    assert_type_refused("paged_kv_compact_", {**GOOD, **changes}, words)
+    assert_type_error("paged_kv_compact_", {**GOOD, **changes}, words)
 
 
 # Triton's launcher
 
 
-@refused([bad for bad in BAD if not bad.values or "same memory" in bad.id])
+@invalid([bad for bad in BAD if not bad.values or "same memory" in bad.id])
 def test_triton_refuses(bad):
     """As on a card, where nothing looks at the arguments before the launcher does."""
     kernels = pytest.importorskip("pruneops.triton_kernels.paged_kv_compact")

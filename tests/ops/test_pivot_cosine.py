@@ -22,11 +22,11 @@ from tests.contract import (
     clustered,
     every_backend,
     every_kernel,
-    on,
+    on_targets,
     seeds_and_mask,
     size,
 )
-from tests.refusals import DTYPE_NAMES, Bad, assert_type_refused, bools, ints, refused
+from tests.invalid_calls import DTYPE_NAMES, InvalidCall, assert_type_error, bools, ints, invalid
 from tests.strategies import DTYPES, LAYOUTS, laid_out
 
 REDUCTIONS = ("max", "mean", "sum")
@@ -198,7 +198,7 @@ def test_every_length(target):
         assert_scores(call(target, "pivot_cosine", x, pivots), float64_cosines(x, pivots))
 
 
-@on(NATIVE, Target("triton", "cuda"), Target("cuda", "cuda"))
+@on_targets(NATIVE, Target("triton", "cuda"), Target("cuda", "cuda"))
 def test_most_tokens(target):
     """2^20 tokens: their angles with the first step through four values, again and again."""
     tokens = 2**20 + 1
@@ -283,7 +283,7 @@ def test_special_pivot(target, name):
                 assert scores[mask].isnan().all()
 
 
-@on(*TRITON_TARGETS)
+@on_targets(*TRITON_TARGETS)
 def test_triton_tiles_change_no_bit(target, monkeypatch):
     """The tiles for many tokens on few: strides and batches that choose others must not show."""
     from pruneops.triton_kernels import pivot_cosine as kernels
@@ -401,18 +401,18 @@ def form_inputs(seed, shape=(3, 900, 130), dtype=torch.float32):
     return x, *seeds_and_mask(shape[:-1], 8, seed=seed), torch.tensor([0, total // 3 + seed, total // 2, total])
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_threads_change_no_bit(target):
     inputs = form_inputs(0)
     with pruneops.backend(target.backend):
         contract.assert_threads_change_no_bit(lambda: every_form(*inputs))
 
 
-@on(REFERENCE, NATIVE)
+@on_targets(REFERENCE, NATIVE)
 def test_threads_of_a_program(target):
     """Calls from several threads at once give the answers of calls in turn."""
     calls = [functools.partial(every_form, *form_inputs(seed, (2, 150, 20))) for seed in range(4)]
-    results = contract.all_at_once(target, calls)
+    results = contract.run_concurrently(target, calls)
     with pruneops.backend(target.backend):
         assert_same_bits(results, [call() for call in calls])
 
@@ -451,28 +451,28 @@ def test_empty_packing(target):
 
 @every_backend
 def test_no_gradient(target):
-    x, pivots, mask, bounds = contract.moved(form_inputs(0, (2, 60, 4)), target.device)
+    x, pivots, mask, bounds = contract.to_device(form_inputs(0, (2, 60, 4)), target.device)
     with pruneops.backend(target.backend):
         assert not any(result.requires_grad for result in every_form(x.requires_grad_(), pivots, mask, bounds))
 
 
-@on(*contract.CPU_TARGETS)
+@on_targets(*contract.CPU_TARGETS)
 def test_offsets_past_two_to_the_31(target, tmp_path):
     """Tokens, pivots and mask of two rows, far apart in sparse files."""
     generator = torch.Generator().manual_seed(0)
     near = contract.signs((2, 4, 16), generator)
     pivots, mask = pivots_of((2, 4), 3, generator), torch.tensor([[True, True, False, True], [True, False, True, True]])
-    x, *far = (contract.far_apart(tmp_path, tensor, 1) for tensor in (near, pivots, mask))
+    x, *far = (contract.with_gaps_past_2_31(tmp_path, tensor, 1) for tensor in (near, pivots, mask))
     starts = torch.tensor([0, 4])
     with pruneops.backend(target.backend):  # `call` would copy the files
         assert_scores(pruneops.pivot_cosine(x, far[0], mask=far[1]), float64_cosines(near, pivots, mask))
-        rows = contract.far_apart(tmp_path, near, 0), far[0]
+        rows = contract.with_gaps_past_2_31(tmp_path, near, 0), far[0]
         assert_scores(pruneops.duplication(*rows), reduced(float64_cosines(near, pivots), "max"))
         packed = pruneops.pivot_cosine_varlen(x[1], starts, far[0][1:], mask=far[1][1])
         assert_scores(packed, float64_cosines(near, pivots, mask)[1])
 
 
-@on(NATIVE)
+@on_targets(NATIVE)
 def test_memory(target):
     """Duplication: far below the 256 MB of [P, N]; cosines: nothing beside them."""
     extra = contract.run_python(
@@ -553,7 +553,7 @@ HERE = "on the device of x, cpu"
 
 
 def bad_calls(op):
-    bad = functools.partial(Bad, op, GOOD)
+    bad = functools.partial(InvalidCall, op, GOOD)
     return [
         bad(ValueError, "x", "of shape [4]", "of rank 2 or 3", x=X[0, 0]),
         bad(ValueError, "x", "of shape [1, 2, 6, 4]", "of rank 2 or 3", x=X[None]),
@@ -576,7 +576,7 @@ def bad_calls(op):
 
 
 def bad_packings(op):
-    bad = functools.partial(Bad, f"{op}_varlen", PACKED)
+    bad = functools.partial(InvalidCall, f"{op}_varlen", PACKED)
     falling = {"cu_seqlens": ints(0, 7, 6), "pivots": ints([0], [5])}
     return [
         bad(ValueError, "x", "of shape [2, 6, 4]", "of rank 2", x=X),
@@ -602,7 +602,7 @@ def bad_packings(op):
 
 
 def bad_reductions(op, good):
-    bad = functools.partial(Bad, op, good)
+    bad = functools.partial(InvalidCall, op, good)
     return [
         bad(ValueError, "reduce", "'median'", f"one of {REDUCTIONS}", reduce="median"),
         bad(ValueError, "pivots", "of shape [2, 0]", "at least one a row", pivots=torch.empty(2, 0, dtype=torch.int64)),
@@ -613,19 +613,19 @@ BAD = [bad for op in ("pivot_cosine", "duplication") for bad in (*bad_calls(op),
 BAD += [*bad_reductions("duplication", GOOD), *bad_reductions("duplication_varlen", PACKED)]
 
 
-@refused(BAD)
+@invalid(BAD)
 def test_errors(bad):
-    bad.assert_refused()
+    bad.assert_raises()
 
 
-@refused([bad for bad in BAD if not bad.values])
+@invalid([bad for bad in BAD if not bad.values])
 def test_errors_without_values(bad):
-    bad.assert_refused_without_values()
+    bad.assert_raises_on_fake_tensors()
 
 
-@refused([bad for bad in BAD if bad.argument == "reduce" or bad.id.startswith("pivot_cosine-mask-of")])
+@invalid([bad for bad in BAD if bad.argument == "reduce" or bad.id.startswith("pivot_cosine-mask-of")])
 def test_errors_under_compile(bad):
-    bad.assert_refused_under_compile()
+    bad.assert_raises_under_compile()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
@@ -644,10 +644,10 @@ def test_errors_under_compile(bad):
 )
 def test_errors_of_type(packed, op, changes, words):
     if packed:
-        assert_type_refused(f"{op}_varlen", {**PACKED, **changes}, words)
-        assert_type_refused(f"{op}_varlen", {**PACKED, "cu_seqlens": [0]}, "cu_seqlens must be Tensor, got list")
+        assert_type_error(f"{op}_varlen", {**PACKED, **changes}, words)
+        assert_type_error(f"{op}_varlen", {**PACKED, "cu_seqlens": [0]}, "cu_seqlens must be Tensor, got list")
     else:
-        assert_type_refused(op, {**GOOD, **changes}, words)
+        assert_type_error(op, {**GOOD, **changes}, words)
 
 
 @pytest.mark.gpu
@@ -671,7 +671,7 @@ def test_errors_on_cuda(monkeypatch):
 @CUDA_KERNELS
 @cuda_checks.every_check
 def test_cuda(target, check):
-    check(target, every_form, lambda seed: contract.moved(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
+    check(target, every_form, lambda seed: contract.to_device(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
 
 
 @CUDA_KERNELS

@@ -9,7 +9,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from pruneops import reference
 from tests.contract import assert_same_bits, poisoned
-from tests.moves import PLACES, any_bits, ascending, storage, with_garbage
+from tests.token_copy import PLACES, any_bits, ascending, storage, with_garbage
 
 from . import HERE, needs_compiler
 
@@ -18,13 +18,13 @@ pytestmark = needs_compiler
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    """The operators as moves.cpp registers them, on tensors of a CPU."""
-    target = tmp_path_factory.mktemp("emulation") / "moves.so"
+    """The operators as token_copy.cpp registers them, on tensors of a CPU."""
+    target = tmp_path_factory.mktemp("emulation") / "token_copy.so"
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE.parents[1] / 'csrc'}"]
     flags += [part for path in include_paths() for part in ("-isystem", path)]
     link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, HERE / "moves.cpp", "-o", target, *link], check=True)
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, HERE / "token_copy.cpp", "-o", target, *link], check=True)
     torch.ops.load_library(target)
     return torch.ops.pruneops_emulated
 

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import TYPES, cdiv, kernel, next_power_of_2, on
-from ._launch import Form as KernelForm
+from ._launch import TYPES, cdiv, device_guard, kernel, next_power_of_2
+from ._launch import Specialization as KernelForm
 
 COUNTS = (8, 64, 192)  # lengths that a list of addresses is filled up to; two of them are 3 KB of the 4 KB of arguments
 RANKS = (2, 6)  # numbers of dimensions that a layout is filled up to
@@ -334,7 +334,7 @@ def copy(layout, sources, results, keep, lengths, roles):
     )  # fmt: skip
     programs = slices * cdiv(K, ELEMENTS // block)
     kind, lengths_b = _lengths(lengths)
-    with on(keep):
+    with device_guard(keep):
         for used, count, *addresses in _launches(sources, ends):
             copy_kernel(
                 (count, rank, unit, block, kind), (programs, used, 1),
@@ -353,7 +353,7 @@ def shift(layout, sources, keep, lengths, roles, table=None, page_size=1):
     )  # fmt: skip
     kind, lengths_b = _lengths(lengths)
     table_b, table_t = (0, 0) if table is None else table.stride()
-    with on(keep):
+    with device_guard(keep):
         for used, count, addresses in _launches(sources):
             shift_kernel(
                 (count, rank, unit, block, kind, table is not None), (slices, used, 1),

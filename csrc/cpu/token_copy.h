@@ -1,7 +1,7 @@
 // Moving tokens on the CPU.
 #pragma once
 
-#include "moves.h"
+#include "token_copy.h"
 
 namespace pruneops {
 

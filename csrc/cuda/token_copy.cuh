@@ -1,5 +1,5 @@
 // Moving kept tokens: the kernel and launches of kv_compact, kv_compact_, paged_kv_compact_ and gather_tokens.
-// csrc/moves.h says how tokens lie (forms), which tensors there are (jobs) and where tokens come from (positions).
+// csrc/token_copy.h says how tokens lie (forms), which tensors there are (jobs) and where tokens come from (positions).
 //
 // Right to the bit on an H100, where 64 caches 3072 -> 352 of the first case below take 135 us and their floor is 123.
 // The other times are expectations from counted bytes. tests/cuda_emulation runs the kernel on emulated threads.
@@ -30,7 +30,7 @@
 #include <cstdint>
 
 #include "cuda/primitives.cuh"
-#include "moves.h"
+#include "token_copy.h"
 
 namespace pruneops {
 
@@ -215,7 +215,7 @@ inline Group group_of(const Plan& plan, int form, int unit, int64_t least) {
   cut(group, plan.in_place ? least : 1);
   const int64_t tile = plan.in_place ? plan.positions.count : kMoveThreads / group.slice * kNewTokens;
   const int64_t tiles = (plan.positions.count + tile - 1) / tile, blocks = group.form.lanes() * tiles * group.slices;
-  moves::expect(plan.positions.count <= kMostKept && blocks <= INT32_MAX, "more to move than one launch can");
+  token_copy::expect(plan.positions.count <= kMostKept && blocks <= INT32_MAX, "more to move than one launch can");
   group.tiles = unsigned(tiles), group.blocks = unsigned(blocks);
   return group;
 }

@@ -31,7 +31,7 @@ def _dawdle(chance):
     builder.create_atomic_rmw = slow
 
 
-class Resident:
+class ConcurrentPrograms:
     """Stands in for an interpreted kernel with a grid of one dimension."""
 
     def __init__(self, kernel, seconds=120):

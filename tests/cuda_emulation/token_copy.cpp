@@ -1,9 +1,9 @@
-// Runs the kernel of csrc/cuda/moves.cuh on emulated threads, as operators of tensors in a CPU's memory: what the
+// Runs the kernel of csrc/cuda/token_copy.cuh on emulated threads, as operators of tensors in a CPU's memory: what the
 // operators on CUDA do, except for their registration.
 
 #include <torch/csrc/stable/library.h>
 
-#include "moves.h"
+#include "token_copy.h"
 #include "runtime.h"
 
 namespace pruneops {
@@ -16,7 +16,7 @@ V load_once(const V* p) {
 
 }  // namespace pruneops
 
-#include "cuda/moves.cuh"
+#include "cuda/token_copy.cuh"
 
 namespace pruneops {
 namespace {
@@ -35,7 +35,7 @@ void run(const Plan& plan, int64_t enough, bool backwards) {
 
 Tensors kv_compact(Tensors caches, Tensor keep, std::optional<Tensor> lengths, int64_t enough, bool backwards) {
   expect_caches(caches, keep, false);
-  Tensors results = moves::new_caches(caches, keep.size(keep.dim() - 1));
+  Tensors results = token_copy::new_caches(caches, keep.size(keep.dim() - 1));
   run(plan_compact(caches, results, keep, lengths, false), enough, backwards);
   return results;
 }

@@ -107,7 +107,7 @@ inline int unit_of(const Form& form, const Job& job) {
   return int(bits & -bits);
 }
 
-namespace moves {
+namespace token_copy {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -286,14 +286,14 @@ inline std::vector<Tensor> new_caches(const std::vector<Tensor>& caches, int64_t
   return results;
 }
 
-}  // namespace moves
+}  // namespace token_copy
 
 inline Plan plan_compact(const std::vector<torch::stable::Tensor>& caches,
                          const std::vector<torch::stable::Tensor>& results, const torch::stable::Tensor& keep,
                          const std::optional<torch::stable::Tensor>& lengths, bool in_place) {
-  Plan plan{{}, {}, moves::positions_of(keep, lengths), in_place};
+  Plan plan{{}, {}, token_copy::positions_of(keep, lengths), in_place};
   plan.jobs.reserve(caches.size());
-  moves::Adder adder(plan, keep);
+  token_copy::Adder adder(plan, keep);
   for (size_t i = 0; i < caches.size(); ++i) adder.add(caches[i], results[i], {2, 0, 1, -1});
   return plan;
 }
@@ -301,59 +301,59 @@ inline Plan plan_compact(const std::vector<torch::stable::Tensor>& caches,
 // Before results are made.
 inline void expect_caches(const std::vector<torch::stable::Tensor>& caches, const torch::stable::Tensor& keep,
                           bool in_place) {
-  moves::expect(!caches.empty() && (keep.dim() == 2 || keep.dim() == 3), "no caches, or the rank of keep");
+  token_copy::expect(!caches.empty() && (keep.dim() == 2 || keep.dim() == 3), "no caches, or the rank of keep");
   const int64_t rank = keep.dim(), B = keep.size(0), Hk = keep.size(1), K = keep.size(rank - 1);
-  const moves::Device device(keep);
+  const token_copy::Device device(keep);
   for (const auto& cache : caches) {
     const auto sizes = cache.sizes();
-    moves::expect(sizes.size() == 4 && sizes[0] == B, "caches do not fit keep");
-    moves::expect(rank == 2 || sizes[1] == Hk, "heads do not fit keep");
-    moves::expect(!in_place || K <= sizes[2], "more to keep than there is");
-    moves::expect_together(cache, device);
+    token_copy::expect(sizes.size() == 4 && sizes[0] == B, "caches do not fit keep");
+    token_copy::expect(rank == 2 || sizes[1] == Hk, "heads do not fit keep");
+    token_copy::expect(!in_place || K <= sizes[2], "more to keep than there is");
+    token_copy::expect_together(cache, device);
   }
-  if (in_place) moves::expect_apart(caches);
+  if (in_place) token_copy::expect_apart(caches);
 }
 
 inline Plan plan_paged(const std::vector<torch::stable::Tensor>& pages, const torch::stable::Tensor& block_table,
                        const torch::stable::Tensor& keep, const torch::stable::Tensor& lengths, bool nhd) {
-  using moves::expect;
+  using token_copy::expect;
   expect(!pages.empty() && (keep.dim() == 2 || keep.dim() == 3), "no pages, or the rank of keep");
-  Plan plan{{}, {}, moves::positions_of(keep, lengths), true};
+  Plan plan{{}, {}, token_copy::positions_of(keep, lengths), true};
   Positions& positions = plan.positions;
   expect(block_table.dim() == 2 && block_table.size(0) == keep.size(0) &&
-             block_table.scalar_type() == moves::ScalarType::Int, "block_table must be int32 [B, blocks]");
-  const moves::Device device(keep);
-  moves::expect_together(block_table, device);
+             block_table.scalar_type() == token_copy::ScalarType::Int, "block_table must be int32 [B, blocks]");
+  const token_copy::Device device(keep);
+  token_copy::expect_together(block_table, device);
   positions.table = static_cast<const int32_t*>(block_table.const_data_ptr());
   positions.table_batch = block_table.stride(0), positions.table_block = block_table.stride(1);
-  moves::Adder adder(plan, keep);
+  token_copy::Adder adder(plan, keep);
   for (const auto& tensor : pages) {
     const int64_t rank = tensor.dim(), token = rank - (nhd ? 3 : 2), head = rank - (nhd ? 2 : 3);
     expect(rank == 4 || rank == 5, "pages must be of rank 4 or 5");
     const int64_t page = tensor.size(token);
     expect(page > 0 && (positions.page == 0 || positions.page == page), "pages of different sizes");
     expect(keep.dim() == 2 || tensor.size(head) == keep.size(1), "heads do not fit keep");
-    moves::expect_together(tensor, device);
+    token_copy::expect_together(tensor, device);
     positions.page = page;
     adder.add(tensor, tensor, {token, -1, head, 0});
   }
-  moves::expect_apart(pages);
+  token_copy::expect_apart(pages);
   return plan;
 }
 
 // dims: where the tokens of each tensor are; the batch, if keep has one, stands before.
 inline Plan plan_gather(const std::vector<torch::stable::Tensor>& tensors, const torch::stable::Tensor& keep,
                         const std::vector<int64_t>& dims, std::vector<torch::stable::Tensor>& results) {
-  using moves::expect;
+  using token_copy::expect;
   expect(!tensors.empty() && dims.size() == tensors.size() && (keep.dim() == 1 || keep.dim() == 2), "no tensors");
-  Plan plan{{}, {}, moves::positions_of(keep, {}), false};
+  Plan plan{{}, {}, token_copy::positions_of(keep, {}), false};
   const bool batched = keep.dim() == 2;
-  const moves::Device device(keep);
-  moves::Adder adder(plan, keep);
+  const token_copy::Device device(keep);
+  token_copy::Adder adder(plan, keep);
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& tensor = tensors[i];
     expect(batched <= dims[i] && dims[i] < tensor.dim(), "no such dimension");
-    moves::expect_together(tensor, device);
+    token_copy::expect_together(tensor, device);
     std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
     if (batched) {
       expect(sizes[dims[i] - 1] == 1 || sizes[dims[i] - 1] == keep.size(0), "batch sizes differ");

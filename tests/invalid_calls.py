@@ -13,7 +13,7 @@ import pruneops
 DTYPE_NAMES = "one of float32, float16, bfloat16"
 
 
-class Bad:
+class InvalidCall:
     """A call that must be refused, and the words of the refusal.
 
     `good` holds the positional arguments of a call that would be accepted, `changes` spoils it;
@@ -27,7 +27,7 @@ class Bad:
         self.message = f"pruneops.{op}: {argument} must be {expected}, got {was}"
         self.id = f"{op}-{argument}-{was}"
 
-    def assert_refused(self):
+    def assert_raises(self):
         """Before any backend is asked: the one forced here would refuse CPU tensors."""
         with pruneops.backend("cuda"):
             with pytest.raises(self.error) as python:
@@ -37,7 +37,7 @@ class Bad:
         assert str(python.value) == self.message
         assert str(torch_ops.value).startswith(self.message)
 
-    def assert_refused_without_values(self):
+    def assert_raises_on_fake_tensors(self):
         """When shapes are all there is: fake tensors, and so torch.compile and torch.export."""
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (self.args, self.kwargs))
@@ -46,7 +46,7 @@ class Bad:
                     getattr(door, self.op)(*args, **kwargs)
                 assert self.message in str(error.value)
 
-    def assert_refused_under_compile(self):
+    def assert_raises_under_compile(self):
         torch._dynamo.reset()
         compiled = torch.compile(getattr(pruneops, self.op), backend="eager", fullgraph=True)
         with pytest.raises(Exception) as error:
@@ -54,12 +54,12 @@ class Bad:
         assert self.message in str(error.value)
 
 
-def refused(calls):
+def invalid(calls):
     """Parametrise a test over `Bad` calls."""
     return pytest.mark.parametrize("bad", calls, ids=[bad.id for bad in calls])
 
 
-def assert_type_refused(op, arguments, words):
+def assert_type_error(op, arguments, words):
     """TypeError in this package's words, where torch's schema would refuse in its own."""
     with pytest.raises(TypeError) as error:
         getattr(pruneops, op)(**arguments)

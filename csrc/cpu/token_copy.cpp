@@ -9,13 +9,13 @@
 // In place a task owns a lane, or some bytes of each of its tokens, and goes through it upwards: positions ascend, so no
 // token is overwritten before it is read. Tasks share nothing; the order of threads changes no byte.
 
-#include "cpu/moving.h"
+#include "cpu/token_copy.h"
 
 #include <cstring>
 
 #include "cpu/threads.h"
 
-#define PRUNEOPS_KERNEL "cpu/moving_kernel.h"
+#define PRUNEOPS_KERNEL "cpu/token_copy_kernel.h"
 #include "cpu/foreach_target.h"
 
 namespace pruneops {
@@ -160,14 +160,14 @@ void expect_values(const Plan& plan, const Tensor& keep, int64_t limit) {
   const int64_t heads = keep.dim() == 3 ? keep.size(1) : 1, rows = keep.dim() == 1 ? 1 : keep.size(0) * heads;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t b = row / heads, length = positions.length(b);
-    moves::expect(0 <= length && length <= positions.count, "a length is out of range");
+    token_copy::expect(0 <= length && length <= positions.count, "a length is out of range");
     const int64_t* own = positions.keep;
     if (keep.dim() > 1) own += b * keep.stride(0);
     if (keep.dim() == 3) own += row % heads * keep.stride(1);
     for (int64_t r = 0; r < length; ++r) {
       const int64_t position = own[r * positions.keep_token];
-      moves::expect(0 <= position && position < limit, "a position is out of range");
-      moves::expect(!plan.in_place || r == 0 || own[(r - 1) * positions.keep_token] < position,
+      token_copy::expect(0 <= position && position < limit, "a position is out of range");
+      token_copy::expect(!plan.in_place || r == 0 || own[(r - 1) * positions.keep_token] < position,
                     "positions do not ascend");
     }
   }

@@ -1,7 +1,7 @@
 """DART's selection as one would write it in PyTorch (arXiv:2502.11494), from scores or from features.
 
 `choose` and `features_choose` stay on the device: a `topk` and two small kernels per pivot, after the cosines of
-`peers/pivot_cosine.py`. `host_choose` and `host_features_choose` go the way of the public code: image by image, the
+`baselines/pivot_cosine.py`. `host_choose` and `host_features_choose` go the way of the public code: image by image, the
 tokens that are left are a Python set; every pivot gathers them, ranks them and reads its choice back. All take quotas,
 a list of int, and free bool [B, N], and return indices [B, sum(quotas)].
 """

@@ -1,11 +1,11 @@
 """Kernels that the checks of test_triton_compile must refuse, each for a reason of its own."""
 
 import triton.language as tl
-from pruneops.triton_kernels._launch import Form, kernel
+from pruneops.triton_kernels._launch import Specialization, kernel
 
 
 def _form(block, warps):
-    return Form({}, {"BLOCK": block}, {"num_warps": warps})
+    return Specialization({}, {"BLOCK": block}, {"num_warps": warps})
 
 
 @kernel(_form, x="*fp32", out="*fp32")
@@ -42,6 +42,6 @@ def _chaining_kernel(x, out, BLOCK: tl.constexpr):
     tl.store(out + place, sums)
 
 
-def compile_forms():
+def specializations():
     kernels = (_spilling_kernel, (32768, 1)), (_sharing_kernel, (256, 32)), (_misspelt_kernel, (16, 1))
     return [*kernels, (_chaining_kernel, (32, 4))]

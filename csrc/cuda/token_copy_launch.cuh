@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/host.cuh"
-#include "cuda/moves.cuh"
+#include "cuda/token_copy.cuh"
 
 namespace pruneops {
 
