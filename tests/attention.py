@@ -235,7 +235,7 @@ def native_memory(call):
 
 def triton_memory(op, call):
     """Bytes of all tensors that a launcher makes, in prefill and in decode: H 8, Sq 20000; H 8, Sk 2^17."""
-    return map(int, contract.on_fake_card(GROUPS + TRITON_MEMORY.format(op=op, call=call)).split())
+    return map(int, contract.run_compile_only(GROUPS + TRITON_MEMORY.format(op=op, call=call)).split())
 
 
 def attention_errors(op, good):

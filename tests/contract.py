@@ -286,7 +286,7 @@ print("same")
     assert run_python(code).strip() == "same"
 
 
-def on_fake_card(code):
+def run_compile_only(code):
     """Output of a Python program that imports tests.compile_only_driver."""
     if torch.cuda.is_available():
         pytest.skip("a libcuda that runs nothing cannot stand beside a real one")
@@ -296,8 +296,8 @@ def on_fake_card(code):
 def triton_launches(code):
     """(launches, compilations) of Python code that calls Triton launchers on a card which runs nothing."""
     count = "print(len(compile_only_driver.launches), len(compile_only_driver.compilations))"
-    lines = f"import torch\nfrom tests import compile_only_driver\nfake_card.count()\n{code}\n{count}"
-    return tuple(map(int, on_fake_card(lines).split()))
+    lines = f"import torch\nfrom tests import compile_only_driver\ncompile_only_driver.count()\n{code}\n{count}"
+    return tuple(map(int, run_compile_only(lines).split()))
 
 
 def run_python(code, *args, timeout=300, **environment):

@@ -34,4 +34,4 @@ EXPECTED = {
 
 def test_launches_and_allocations():
     code = "import sys; sys.argv.append('--json'); from tests.host_cost import main; main()"
-    assert json.loads(contract.on_fake_card(code)) == EXPECTED
+    assert json.loads(contract.run_compile_only(code)) == EXPECTED

@@ -28,6 +28,7 @@ LAYERS = {
     "methods": {"ops", "checks", "autocast", "pruneops"},
     "adapters": {"methods", "ops", "checks", "pruneops"},
 }
+MODULES = ("backends", "checks", "autocast", "_C")
 # What may be imported from outside, where that is little.
 OUTSIDE = {
     "reference": {"torch"},
@@ -60,9 +61,7 @@ def test_imports_run_one_way(layer):
             top, _, rest = name.partition(".")
             if top == "pruneops":
                 folder = rest.partition(".")[0]
-                folder = (
-                    folder if (ROOT / "pruneops" / folder).exists() or folder in (*LAYERS, "backends", "_C") else top
-                )
+                folder = folder if (ROOT / "pruneops" / folder).exists() or folder in (*LAYERS, *MODULES) else top
                 assert folder in {layer, *LAYERS[layer]}, f"{path.relative_to(ROOT)} imports {name}"
             else:
                 assert top not in {"benchmarks", "tests"}, f"{path.relative_to(ROOT)} imports {name}"
