@@ -39,8 +39,8 @@ test: lint
 
 # random calls of every operator and backend against float64, a minute on each core
 test-soak: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --seconds 60 --device cpu --backends triton & \
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --seconds 60 --device cpu && wait $$!
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds 60 --device cpu --backends triton & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds 60 --device cpu && wait $$!
 
 # answers of the operators on the oldest supported and on the newest Triton, launches by its launcher, and that kernels
 # compile for a card; adapters on the oldest supported transformers
@@ -48,7 +48,7 @@ TRITON_TESTS = tests/ops tests/test_triton_compile.py \
 	-k "triton and (known or edges or special or launchers or fit and 90)"
 test-triton-oldest test-triton-newest: test-%: .overlays/%/.packages
 	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto $(TRITON_TESTS)
-	PYTHONPATH=.overlays/$* TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.soak --seconds 20 --device cpu --backends triton
+	PYTHONPATH=.overlays/$* TRITON_INTERPRET=1 $(BIN)/python -m tests.soak --seconds 20 --device cpu --backends triton
 
 test-transformers-oldest: test-%: .overlays/%/.packages
 	PYTHONPATH=.overlays/$* PRUNEOPS_REQUIRE=cpu $(BIN)/python -m pytest -q -n auto tests/adapters

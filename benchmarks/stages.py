@@ -177,13 +177,13 @@ def _by_backend(output):
 
 
 def soak(run, limit):
-    """Random calls against oracles for so many seconds; `benchmarks.soak` says what it found."""
+    """Random calls against oracles for so many seconds; `tests.soak` says what it found."""
     seconds = run.options.soak
     if seconds <= 0:
         return "skipped", "--soak 0", {}
-    if importlib.util.find_spec("benchmarks.soak") is None:
-        return "not there", "this tree has no benchmarks.soak", {}
-    command = [sys.executable, "-m", "benchmarks.soak", "--seconds", f"{min(seconds, 0.8 * limit):g}"]
+    if importlib.util.find_spec("tests.soak") is None:
+        return "not there", "this tree has no tests.soak", {}
+    command = [sys.executable, "-m", "tests.soak", "--seconds", f"{min(seconds, 0.8 * limit):g}"]
     status, output = launch([*command, "--device", run.device.type], min(limit, seconds + 60))
     lines = output.strip().splitlines() or [f"exit status {status}"]
     if status == 2 and run.device.type != "cuda":

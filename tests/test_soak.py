@@ -16,9 +16,9 @@ from pruneops.ops import OPERATORS
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.soak import SOAKS  # noqa: E402
-from benchmarks.soak import __main__ as soak  # noqa: E402
-from benchmarks.soak.draws import Random  # noqa: E402
+from tests.soak import SOAKS  # noqa: E402
+from tests.soak import __main__ as soak  # noqa: E402
+from tests.soak.draws import Random  # noqa: E402
 
 INDICES = ("kcenter", "kcenter_varlen", "exclusive_bottomk", "pivot_bottomk", "assign_ranks")
 ATTENTION = ("attention_mass", "attention_received")
@@ -186,7 +186,7 @@ def test_findings_repeat(monkeypatch, capsys):
     finding = findings[-1]
     assert "assign_ranks reference (logits " in finding and "ZeroDivisionError: of " in finding
     command = finding.rpartition("; ")[2].split()
-    assert command[:3] == ["python", "-m", "benchmarks.soak"]
+    assert command[:3] == ["python", "-m", "tests.soak"]
     status, lines, _ = run(capsys, *command[5:])
     assert status == 1 and lines[0] == finding and len(lines) == 2
 
@@ -200,7 +200,7 @@ def test_findings_have_an_end(monkeypatch, capsys):
 
 def test_a_trial_is_the_same_everywhere():
     """In another process too."""
-    code = "from benchmarks.soak import SOAKS; from benchmarks.soak.draws import Random"
+    code = "from tests.soak import SOAKS; from tests.soak.draws import Random"
     code += "; print([SOAKS[name].draw(Random(7)).arguments for name in SOAKS])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.rstrip("\n") == str([SOAKS[name].draw(Random(7)).arguments for name in SOAKS])
@@ -250,7 +250,7 @@ def test_bad_requests(capsys, arguments, words):
 
 def test_command():
     """From a shell, without tqdm."""
-    code = "import sys; sys.modules['tqdm'] = None; from benchmarks.soak.__main__ import main; sys.exit(main())"
+    code = "import sys; sys.modules['tqdm'] = None; from tests.soak.__main__ import main; sys.exit(main())"
     arguments = ["--device", "cpu", "--seconds", "1", "--operators", "kv_compact", "--backends", "reference"]
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=100)

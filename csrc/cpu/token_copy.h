@@ -1,7 +1,7 @@
 // Moving tokens on the CPU.
 #pragma once
 
-#include "token_copy.h"
+#include "token_copy_plan.h"
 
 namespace pruneops {
 

@@ -1,5 +1,5 @@
 // Moving kept tokens: the kernel and launches of kv_compact, kv_compact_, paged_kv_compact_ and gather_tokens.
-// csrc/token_copy.h says how tokens lie (forms), which tensors there are (jobs) and where tokens come from (positions).
+// csrc/token_copy_plan.h says how tokens lie (forms), which tensors there are (jobs) and where tokens come from (positions).
 //
 // Right to the bit on an H100, where 64 caches 3072 -> 352 of the first case below take 135 us and their floor is 123.
 // The other times are expectations from counted bytes. tests/cuda_emulation runs the kernel on emulated threads.
@@ -30,7 +30,7 @@
 #include <cstdint>
 
 #include "cuda/primitives.cuh"
-#include "token_copy.h"
+#include "token_copy_plan.h"
 
 namespace pruneops {
 

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "token_copy.h"
+#include "token_copy_plan.h"
 #include "runtime.h"
 
 namespace pruneops {

@@ -1,6 +1,6 @@
 """Random calls of every operator on every backend of a device, held to float64 oracles.
 
-`python -m benchmarks.soak --seconds 60` exits with 0 if all answers were right, 1 if one was wrong, 2 if nothing could
+`python -m tests.soak --seconds 60` exits with 0 if all answers were right, 1 if one was wrong, 2 if nothing could
 run, 130 on Ctrl-C. Each finding is a line that ends with the command that repeats it.
 """
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m benchmarks.soak", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m tests.soak", description=__doc__, allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=60, help="how long; 60 by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; 0 by default")
@@ -154,7 +154,7 @@ def progress(seconds):
 
 def finding(trial, device, shapes, problem):
     interpreter = "TRITON_INTERPRET=1 " if (trial.backend, device) == ("triton", "cpu") else ""
-    repeat = f"{interpreter}python -m benchmarks.soak --device {device} --trial {trial}"
+    repeat = f"{interpreter}python -m tests.soak --device {device} --trial {trial}"
     return f"soak: WRONG {trial.operator} {trial.backend} ({shapes}): {' '.join(problem.split())}; {repeat}"
 
 
