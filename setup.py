@@ -1,11 +1,11 @@
 """Builds the two native libraries with ninja: pruneops._C (C++) and pruneops._cuda (nvcc).
 
-Neither is required. What could not be built, and why, is written to pruneops/_build.json,
-where `pruneops info` finds it. Both use libtorch's stable ABI (torch >= 2.10) and no ATen,
-so the CUDA part compiles on a machine that has nvcc but neither a GPU nor a CUDA torch.
+Both are optional. pruneops/_build.json records what was built and the reason for each failure, for `pruneops info`.
+Both use libtorch's stable ABI (torch >= 2.10) and no ATen, so the CUDA part compiles on a machine that has nvcc but
+neither a GPU nor a CUDA build of torch.
 
-CUDA architectures: those of the cards that nvidia-smi sees; without a card all that are supported,
-in a checkout (editable, --inplace) the two that the tests look at.
+CUDA architectures: those of the GPUs that nvidia-smi lists; without a GPU all supported ones, or in a checkout
+(editable, --inplace) the two that the tests use.
 
 Environment: PRUNEOPS_NO_NATIVE=1, PRUNEOPS_NO_CUDA=1, PRUNEOPS_CUDA_ARCHS="90;120" or "all",
 PRUNEOPS_REQUIRE_NATIVE=1 (fail instead of installing without), CXX, CUDA_HOME.
@@ -30,10 +30,10 @@ VERSION = "0.1.0"
 
 
 class Unbuildable(Exception):
-    """Why a library cannot be built here."""
+    """A library cannot be built; the message is the reason."""
 
 
-def wanted(variable):
+def env_flag(variable):
     return os.environ.get(variable, "0") == "1"
 
 
@@ -45,7 +45,7 @@ def cxx():
 
 
 def nvcc():
-    if wanted("PRUNEOPS_NO_CUDA"):
+    if env_flag("PRUNEOPS_NO_CUDA"):
         raise Unbuildable("PRUNEOPS_NO_CUDA=1 was set")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
@@ -72,22 +72,22 @@ def ninja():
 
 def cuda_archs():
     """Compute capabilities to build for."""
-    asked = os.environ.get("PRUNEOPS_CUDA_ARCHS", "").replace(",", ";").strip(";")
-    if asked:
-        return ALL_ARCHS if asked == "all" else asked.split(";")
+    requested = os.environ.get("PRUNEOPS_CUDA_ARCHS", "").replace(",", ";").strip(";")
+    if requested:
+        return ALL_ARCHS if requested == "all" else requested.split(";")
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        seen = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        detected = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        seen = []
-    archs = {arch.replace(".", "") for arch in seen if re.fullmatch(r"\d+\.\d", arch)}
+        detected = []
+    archs = {arch.replace(".", "") for arch in detected if re.fullmatch(r"\d+\.\d", arch)}
     checkout = {"editable_wheel", "develop", "--inplace", "-i"} & set(sys.argv)
     return sorted(archs, key=int) or (TESTED_ARCHS if checkout else ALL_ARCHS)
 
 
 def torch_cuda_stub(compiler, folder):
-    """A libtorch_cuda.so to link against: the CUDA library must ask for the real one by name, and a CPU build of torch
-    has none. Its one symbol is what csrc/cuda/host.cuh takes from there."""
+    """A stub of libtorch_cuda.so to link against, since a CPU build of torch has none; at run time the real library is
+    loaded. It defines the one symbol that csrc/cuda/host.cuh uses."""
     source, library = folder / "torch_cuda.c", folder / "libtorch_cuda.so"
     source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
     command = [compiler, "-xc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", library]
@@ -105,7 +105,7 @@ def common_flags(includes):
 
 def rules_cpu(target, folder):
     """Ninja lines that build pruneops._C."""
-    if wanted("PRUNEOPS_NO_NATIVE"):
+    if env_flag("PRUNEOPS_NO_NATIVE"):
         raise Unbuildable("PRUNEOPS_NO_NATIVE=1 was set")
     compiler, (includes, libraries) = cxx(), torch_paths()
     import pybind11
@@ -118,8 +118,8 @@ def rules_cpu(target, folder):
 
 
 def rules_cuda(target, folder):
-    """Ninja lines that build pruneops._cuda; the linker refuses a symbol that no library it names provides."""
-    if wanted("PRUNEOPS_NO_NATIVE"):
+    """Ninja lines that build pruneops._cuda; -z defs makes an undefined symbol a link error."""
+    if env_flag("PRUNEOPS_NO_NATIVE"):
         raise Unbuildable("PRUNEOPS_NO_NATIVE=1 was set")
     compiler, (includes, libraries) = nvcc(), torch_paths()
     stub = torch_cuda_stub(cxx(), folder)  # nvcc needs a C++ compiler too
@@ -152,7 +152,7 @@ def rules(name, compiler, flags, link, sources, target):
 
 
 class NativeBuild(build_ext):
-    """One ninja file per library, so that a failing nvcc does not cost the C++ kernels."""
+    """One ninja file per library, so that the C++ kernels are built even if nvcc fails."""
 
     def run(self):
         record = {}
@@ -162,7 +162,7 @@ class NativeBuild(build_ext):
                 self.build(part, target, make_rules)
                 record[part] = {"built": True}
             except Unbuildable as error:
-                if wanted("PRUNEOPS_REQUIRE_NATIVE") and part == "cpu":
+                if env_flag("PRUNEOPS_REQUIRE_NATIVE") and part == "cpu":
                     raise SystemExit(f"pruneops: the C++ kernels were required but not built: {error}") from None
                 print(f"pruneops: {part} kernels not built: {error}", file=sys.stderr)
                 target.unlink(missing_ok=True)
@@ -191,7 +191,7 @@ setup(
         ),
     ],
     package_dir={"pruneops": "pruneops", "pruneops.triton_kernels": "triton_kernels"},
-    package_data={"pruneops": ["_build.json"], "pruneops.demo": ["weights/*"]},
+    package_data={"pruneops": ["py.typed", "_build.json"], "pruneops.demo": ["weights/*"]},
     ext_modules=[Extension("pruneops._C", sources=[]), Extension("pruneops._cuda", sources=[])],
     cmdclass={"build_ext": NativeBuild},
 )

@@ -1,12 +1,11 @@
 """`python -m benchmarks end_to_end`: prefill, decode and memory of LLaVA-shaped models, pruned against unpruned.
 
 Weights are random: times are those of a trained model of the shape, answers mean nothing. Pruned and unpruned runs use
-the same attention implementation and take turns. Prefill is a forward pass of the prompt less the vision tower's time,
-which pruning does not change; selection is what the hooks spend choosing tokens, the device awaited before and after.
+the same attention implementation and take turns. Prefill is a forward pass of the prompt minus the vision tower's time,
+which pruning does not change; selection is the time in the hooks that choose tokens, synchronised before and after.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 import pruneops
 from pruneops import methods
 
-from . import machine
+from . import machine, report
 
 KEEPS = (0.25, 0.1, 0.01)
 TEXT = 32, 32  # tokens before and after the image
@@ -40,7 +39,7 @@ ANYRES = ("fastervlm",)  # needs [CLS] attention of every token, which AnyRes im
 
 
 def build(name, device):
-    """(model, inputs): "llava-1.5" has 576 visual tokens, "llava-next" 2928; on a CPU decoder and tower are small."""
+    """(model, inputs, visual tokens: 576 of "llava-1.5", 2928 of "llava-next"); small models on a CPU."""
     import transformers
 
     small = device.type == "cpu"
@@ -74,7 +73,7 @@ def build(name, device):
 
 
 class Clock:
-    """Seconds of a call, the device awaited."""
+    """Seconds of a call, synchronised with the device."""
 
     def __init__(self, device):
         self.device = device
@@ -91,14 +90,14 @@ class Clock:
 
 
 def one_run(model, inputs, clock):
-    """(seconds of the prompt, seconds a generated token, bytes of the cache, peak bytes beside the weights)."""
+    """(seconds of the prompt, seconds a generated token, bytes of the cache, peak bytes beyond the weights)."""
     device = inputs["input_ids"].device
     cuda = device.type == "cuda"
-    held = torch.cuda.memory_allocated(device) if cuda else 0
+    allocated = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     prompt, out = clock(lambda: model(**inputs, logits_to_keep=1))
-    peak = torch.cuda.max_memory_allocated(device) - held if cuda else None
+    peak = torch.cuda.max_memory_allocated(device) - allocated if cuda else None
     cache, steps = out.past_key_values, []
     token = out.logits[:, -1:].argmax(-1)
     for _ in range(STEPS):
@@ -110,48 +109,50 @@ def one_run(model, inputs, clock):
 
 
 def tower_seconds(model, inputs, clock, runs):
-    pixels = inputs["pixel_values"].flatten(0, -4)
-    see = model.base_model.vision_tower
-    times = [clock(lambda: see(pixels, output_hidden_states=True))[0] for _ in range(runs + 1)]
+    pixels, tower = inputs["pixel_values"].flatten(0, -4), model.base_model.vision_tower
+    times = [clock(lambda: tower(pixels, output_hidden_states=True))[0] for _ in range(runs + 1)]
     return statistics.median(times[1:])
 
 
-def measure(name, device, chosen, keeps, runs):
-    """Rows of one model: the unpruned one, then every method and share; all take turns `runs` times."""
-    model, inputs, tokens = build(name, device)
-    clock, rows = Clock(device), {"unpruned": None}
+def rows_of(name, chosen, keeps):
+    """Label -> method: the unpruned model, then every method and share."""
+    rows = {"unpruned": None}
     for method in chosen:
-        for keep in keeps[:1] if method == "vtw" else keeps:
-            if name == "llava-1.5" or method not in ANYRES:
-                rows["vtw" if method == "vtw" else f"{method} {keep:g}"] = METHODS[method](keep)
-    times, selection = {row: [] for row in rows}, {row: [] for row in rows}
+        if method == "vtw":
+            rows[method] = METHODS[method](None)
+        elif name == "llava-1.5" or method not in ANYRES:
+            rows |= {f"{method} {keep:g}": METHODS[method](keep) for keep in keeps}
+    return rows
+
+
+def pruned_run(model, method, inputs, clock):
+    """`one_run` with a method, and the seconds of its selection."""
+    if method is None:
+        return *one_run(model, inputs, clock), 0.0
+    with pruneops.patch(model, method) as handle:
+        handle.clock = clock.now
+        return *one_run(model, inputs, clock), handle.stats[-1].seconds
+
+
+def measure(name, device, chosen, keeps, runs):
+    """Rows of one model; all take turns `runs` times, after one to warm up."""
+    model, inputs, tokens = build(name, device)
+    clock, methods = Clock(device), rows_of(name, chosen, keeps)
+    times, results = {row: [] for row in methods}, []
     with torch.inference_mode():
         tower = tower_seconds(model, inputs, clock, runs)
         for turn in range(runs + 1):
-            for row, method in rows.items():
+            for row, method in methods.items():
                 print(f"{name}, run {turn}/{runs}: {row}", file=sys.stderr, flush=True)
-                if method is None:
-                    found, own = one_run(model, inputs, clock), 0.0
-                else:
-                    with pruneops.patch(model, method) as handle:
-                        handle.clock = clock.now
-                        found = one_run(model, inputs, clock)
-                        own = handle.stats[-1].seconds
-                if turn:  # the first warms up
-                    times[row].append(found)
-                    selection[row].append(own)
-    results = []
-    for row in rows:
-        prompt, step, size, peak = zip(*times[row])
-        prefill = statistics.median(prompt) - tower
-        entry = {"model": name, "visual_tokens": tokens, "row": row, "prefill_s": prefill}
+                times[row].append(pruned_run(model, method, inputs, clock))
+    for row, measured in times.items():
+        prompt, step, size, peak, selection = zip(*measured[1:])
+        entry = {"model": name, "visual_tokens": tokens, "row": row, "prefill_s": statistics.median(prompt) - tower}
         entry |= {"decode_s": statistics.median(step), "kv_bytes": size[0], "peak_bytes": peak[0]}
-        entry |= {"selection_s": statistics.median(selection[row]), "tower_s": tower, "runs_prompt_s": list(prompt)}
+        entry |= {"selection_s": statistics.median(selection), "tower_s": tower, "runs_prompt_s": list(prompt)}
         results.append(entry)
-    base = results[0]
-    for entry in results:
-        entry["prefill_speedup"] = base["prefill_s"] / entry["prefill_s"]
-        entry["decode_speedup"] = base["decode_s"] / entry["decode_s"]
+        entry["prefill_speedup"] = results[0]["prefill_s"] / entry["prefill_s"]
+        entry["decode_speedup"] = results[0]["decode_s"] / entry["decode_s"]
         entry["selection_share"] = entry["selection_s"] / entry["prefill_s"]
     return results
 
@@ -196,7 +197,5 @@ def run(options, models, chosen):
         print("benchmarks: interrupted", file=sys.stderr)
     print(table(document))
     if options.out:
-        part = options.out.with_suffix(".part")
-        part.write_text(json.dumps(document, indent=1) + "\n")
-        part.replace(options.out)
+        report.write(options.out, document)
     return 0 if document["complete"] else 130

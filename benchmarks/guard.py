@@ -1,7 +1,7 @@
-"""Processes that may hang or crash: each in a group that is killed whole, each case of theirs at the price of one line.
+"""Processes that may hang or crash: each in a process group of its own, which is killed as a whole.
 
-A benchmark that loses its CUDA context loses its process. `Guarded` knows from a file what the process was at, notes
-it as crashed and starts another for the rest. `Watch` is the other side, in that process.
+A benchmark that loses its CUDA context loses its process. `Supervisor` reads from a file which implementation was in
+flight, records it as crashed and starts another process for the rest. `Worker` is that process's side.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 
 from . import ROOT
 
-# Without a sign of life for so many seconds, or for this share of all that a process may take, a contender hangs.
-LEAST_PATIENCE, PATIENCE = 8, 0.5
-SHARE = 0.85  # of its limit that a process is told; the rest is for what it does not foresee
-LEAST_START = 4  # seconds; with less left no process is started again
-TWICE = 2  # a contender that crashed in so many cases is left out of the others
+# An implementation hangs after so many seconds without progress, or after this share of the limit if that is longer.
+MIN_HANG_SECONDS, HANG_SHARE = 8, 0.5
+WORKER_SHARE = 0.85  # of its limit that a worker gets; the rest is for what it does not foresee
+MIN_RESTART_SECONDS = 4  # with less left no worker is started again
+MAX_CRASHES = 2  # an implementation that crashed in so many cases is skipped in the others
 PROGRESS = re.compile(r"^(  \S+ .*: [\d.]+ s|\S+ \(\d+/\d+\))$")  # lines that a benchmark prints as it goes
 
 
@@ -32,17 +32,16 @@ class OutOfTime(Exception):
 
 
 class Stopped(Exception):
-    """A command was ended because the whole run was."""
+    """A command was ended because the run was interrupted."""
 
 
 class Process:
-    """A command and all that it starts. Its output goes to a file: who outlives it can hold nobody up."""
+    """A command and all that it starts. Output goes to a file, so that a process that survives blocks no pipe."""
 
     running, stopped = set(), threading.Event()
 
-    def __init__(self, command, niceness=0, told=False, **environment):
-        if self.stopped.is_set():
-            raise Stopped("the run was ended")
+    def __init__(self, command, niceness=0, stdin=False, **environment):
+        self.raise_if_stopped()
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         self.file = tempfile.TemporaryFile()  # noqa: SIM115, read when the process has ended
@@ -50,15 +49,15 @@ class Process:
             [*(("nice", "-n", str(niceness)) if niceness else ()), *map(str, command)],
             cwd=ROOT,
             env=inherited | {"PYTHONPATH": paths} | environment,
-            stdin=subprocess.PIPE if told else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=self.file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         self.running.add(self)
 
-    def tell(self, line):
-        """Write a line to the standard input of a process that was started with `told`, and close it."""
+    def send(self, line):
+        """Write a line to the standard input, and close it."""
         with contextlib.suppress(OSError):  # it may have ended
             self.popen.stdin.write(line.encode())
             self.popen.stdin.close()
@@ -72,7 +71,7 @@ class Process:
         return True
 
     def kill(self):
-        """End the whole group, whether or not its first process has."""
+        """End the whole group, whether or not its first process has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
@@ -89,158 +88,194 @@ class Process:
         for process in list(cls.running):
             process.kill()
 
+    @classmethod
+    def raise_if_stopped(cls):
+        if cls.stopped.is_set():
+            raise Stopped("the run was ended")
 
-def launch(command, limit, niceness=0, **environment):
+
+def launch(command, limit, **environment):
     """Exit status and output of a command; OutOfTime past the limit, Stopped when the run was ended."""
-    process = Process(command, niceness, **environment)
+    process = Process(command, **environment)
     try:
         ended = process.wait(limit)
     finally:
         process.kill()
-    if Process.stopped.is_set():
-        raise Stopped("the run was ended")
+    Process.raise_if_stopped()
     if not ended:
         raise OutOfTime(process.output())
     return process.popen.returncode, process.output()
 
 
-class Guarded:
-    """A command that works through cases and their contenders, started again without the one that it died at.
+def run_together(commands, limit, niceness=0, enough=None):
+    """(ended, outputs): run commands at once until all ended, the limit is over or the event `enough` is set."""
+    end, processes = time.monotonic() + limit, []
+    try:
+        for command in commands:
+            processes.append(Process(command, niceness))
+        while not all(process.wait(0) for process in processes) and time.monotonic() < end:
+            if enough is not None and enough.is_set():
+                break
+            time.sleep(0.1)
+        ended = sum(process.wait(0) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    Process.raise_if_stopped()
+    return ended, [process.output() for process in processes]
+
+
+class Supervisor:
+    """A command that works through cases and implementations, restarted without the one in flight when it died.
 
     Parameters
     ----------
     command : list
-        It takes the options of `add_options` and --out.
+        It takes the options of `add_options`.
     folder : Path
-        For the files that both sides share; must exist.
+        For the files that both sides share.
     record : callable (dict)
-        Told what --out holds whenever that changes.
+        Called with what --out holds whenever that changes.
     """
 
     def __init__(self, command, folder, record, **environment):
-        self.out, self.doing, self.skip = (Path(folder, name) for name in ("out.json", "doing", "skip.json"))
-        files = ["--out", self.out, "--doing", self.doing, "--skip", self.skip, "--resume", "--wait"]
-        self.command, self.record = [*command, *files], record
+        folder.mkdir(exist_ok=True)
+        self.out, self.in_flight_file, self.skip = (folder / name for name in ("out.json", "in_flight", "skip.json"))
+        options = ["--out", self.out, "--in-flight", self.in_flight_file, "--skip", self.skip, "--resume", "--wait"]
+        self.command, self.record = [*command, *options], record
         self.environment = {"PYTHONFAULTHANDLER": "1"} | environment
-        self.crashes = []  # [case, contender, "crashed" or "hung", words]
-        self.seen, self.complete, self.process = None, False, None
+        self.crashes = []  # [case, implementation, "crashed" or "hung", message]
+        self.recorded, self.complete, self.process = None, False, None
 
     def start(self):
-        """Have a process get ready: it imports what it needs and waits."""
-        self.doing.unlink(missing_ok=True)
-        self.skip.write_text(json.dumps(self.crashes + self._everywhere()))
-        self.process = Process(self.command, told=True, **self.environment)
-
-    def ready(self):
-        """Have a process started, if none is."""
+        """Start a worker, unless one waits: it imports what it needs and waits for its time."""
         if self.process is None:
-            self.start()
+            self.in_flight_file.unlink(missing_ok=True)
+            self.skip.write_text(json.dumps(self.crashes + self._skip_everywhere()))
+            self.process = Process(self.command, stdin=True, **self.environment)
 
     def run(self, limit):
-        """("ended" | "out of time" | "failed", exit status, output of the last process) within a limit."""
-        end = time.monotonic() + limit
-        patience = max(LEAST_PATIENCE, PATIENCE * limit)
+        """("ended" | "out of time" | "failed", exit status, output of the last worker) within a limit."""
+        end, hang_seconds = time.monotonic() + limit, max(MIN_HANG_SECONDS, HANG_SHARE * limit)
         while True:
-            self.ready()
-            process, self.process = self.process, None
-            process.tell(f"{SHARE * (end - time.monotonic()):.2f}\n")
-            try:
-                ended = self._watch(process, end, patience)
-            finally:
-                process.kill()
-                self._record()
-            if Process.stopped.is_set():
-                raise Stopped("the run was ended")
-            status, output = process.popen.returncode, process.output()
+            ended, status, output = self._run_once(end, hang_seconds)
             if ended == "out of time" or (ended == "ended" and (status == 0 or self.complete)):
                 return ended, status, output
-            at = self._at()
+            at = self._in_flight()
             if at is None or at in [crash[:2] for crash in self.crashes]:
                 return "failed", status, output
-            hung = "hung", f"no end after {patience:.0f} s"
-            how, words = hung if ended == "hung" else ("crashed", last_words(status, output))
-            self.crashes.append([*at, how, words])
-            print(f"  {' '.join(at)}: {how}: {words}", flush=True)
-            if end - time.monotonic() < LEAST_START:
+            hung = "hung", f"no end after {hang_seconds:.0f} s"
+            how, message = hung if ended == "hung" else ("crashed", exit_message(status, output))
+            self.crashes.append([*at, how, message])
+            print(f"  {' '.join(at)}: {how}: {message}", flush=True)
+            if end - time.monotonic() < MIN_RESTART_SECONDS:
                 return "out of time", status, output
 
     def stop(self):
-        """End a process that waits, of a command that is not run after all."""
+        """End a worker that waits."""
         if self.process:
             self.process.kill()
 
-    def _watch(self, process, end, patience):
+    def _run_once(self, end, hang_seconds):
+        self.start()
+        process, self.process = self.process, None
+        process.send(f"{WORKER_SHARE * (end - time.monotonic()):.2f}\n")
+        try:
+            ended = self._wait(process, end, hang_seconds)
+        finally:
+            process.kill()
+            self._record()
+        Process.raise_if_stopped()
+        return ended, process.popen.returncode, process.output()
+
+    def _wait(self, process, end, hang_seconds):
         while not process.wait(min(0.1, end - time.monotonic())):
             self._record()
             if time.monotonic() >= end:
                 return "out of time"
-            if self._at() and time.time() - self.doing.stat().st_mtime > patience:
+            if self._in_flight() and time.time() - self.in_flight_file.stat().st_mtime > hang_seconds:
                 return "hung"
         return "ended"
 
     def _record(self):
-        """Hand on what --out holds, if that is new."""
-        if self.out.exists() and self.out.stat().st_mtime_ns != self.seen:
-            self.seen = self.out.stat().st_mtime_ns
-            known = json.loads(self.out.read_text())
-            self.complete = known.get("complete", False)
-            self.record(known)
+        """Pass on what --out holds, if that is new."""
+        if self.out.exists() and self.out.stat().st_mtime_ns != self.recorded:
+            self.recorded = self.out.stat().st_mtime_ns
+            document = json.loads(self.out.read_text())
+            self.complete = document.get("complete", False)
+            self.record(document)
 
-    def _at(self):
-        """[case, contender] that the process is at; None between them."""
+    def _in_flight(self):
+        """[case, implementation] that the worker runs; None between them."""
         try:
-            at = json.loads(self.doing.read_text() or "null")
+            at = json.loads(self.in_flight_file.read_text() or "null")
         except OSError:
             return None
         return at if at and at[1] else None
 
-    def _everywhere(self):
-        """Contenders to be left out of every case."""
-        names = [contender for _, contender, _, _ in self.crashes]
-        often = {name for name in names if names.count(name) >= TWICE}
+    def _skip_everywhere(self):
+        """Implementations to be skipped in every case."""
+        names = [name for _, name, _, _ in self.crashes]
+        often = {name for name in names if names.count(name) >= MAX_CRASHES}
         return [[None, name, "crashed", f"in {names.count(name)} other cases"] for name in sorted(often)]
 
 
-def last_words(status, output):
-    """How a process died, in one line: its signal or exit status, and what it said last."""
+def run_in_sequence(supervisors, weights, left, work):
+    """work(place, limit) for one supervisor after another; the worker of the next one starts while one runs.
+
+    The limits divide the seconds that are left by weight: what one leaves goes to those after it.
+    """
+    try:
+        for place in range(len(supervisors)):
+            for supervisor in supervisors[place : place + 2]:
+                supervisor.start()
+            work(place, (left() - 1) * weights[place] / sum(weights[place:]))
+    finally:
+        for supervisor in supervisors:
+            supervisor.stop()
+
+
+def exit_message(status, output):
+    """How a process died, in one line: its signal or exit status, and its last error message."""
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     lines = [line.strip() if not PROGRESS.match(line) else None for line in output.splitlines() if line.strip()]
-    own = lines[len(lines) - lines[::-1].index(None) :] if None in lines else lines
-    fatal = [line for line in own if line.startswith("Fatal Python error")]
-    telling = [line for line in own if re.search(r"error|assert|lost", line, re.IGNORECASE)]
-    words = fatal[:1] or telling[-1:] or own[-1:]
-    return f"{how}: {words[0][:160]}" if words else how
+    last = lines[len(lines) - lines[::-1].index(None) :] if None in lines else lines
+    fatal = [line for line in last if line.startswith("Fatal Python error")]
+    errors = [line for line in last if re.search(r"error|assert|lost", line, re.IGNORECASE)]
+    chosen = fatal[:1] or errors[-1:] or last[-1:]
+    return f"{how}: {chosen[0][:160]}" if chosen else how
 
 
-class Watch:
-    """What a guarded process does for its guard: waits for its time, tells what it is at, leaves out what crashed."""
+class Worker:
+    """A supervised process's side: waits for its time, writes what is in flight, knows what crashed before."""
 
     def __init__(self, options):
         if options.wait:
             line = sys.stdin.readline()
-            if not line.strip():  # nobody wants it any more
+            if not line.strip():  # the supervisor stopped it
                 raise SystemExit(0)
             options.seconds = float(line)
-        self.file = os.open(options.doing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) if options.doing else None
+        path = options.in_flight
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) if path else None
         self.skip = json.loads(options.skip.read_text()) if options.skip and options.skip.exists() else []
 
-    def doing(self, case=None, contender=None):
-        """Note what comes next; without arguments, nothing."""
+    def progress(self, case=None, implementation=None):
+        """Write what runs next; without arguments, nothing."""
         if self.file is not None:
-            os.pwrite(self.file, json.dumps([case, contender]).ljust(240).encode(), 0)
+            os.pwrite(self.file, json.dumps([case, implementation]).ljust(240).encode(), 0)
 
     def crashed(self, case):
-        """Contender -> part of its entry in a case."""
+        """Implementation -> part of its entry in a case."""
         return {
-            contender: {"name": contender, "status": how, "reason": words}
-            for own, contender, how, words in reversed(self.skip)
-            if own in (case, None)
+            name: {"name": name, "status": how, "reason": message}
+            for where, name, how, message in reversed(self.skip)
+            if where in (case, None)
         }
 
 
 def add_options(parser):
-    """Options by which a guard speaks with the process; users have no need of them."""
-    parser.add_argument("--doing", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--skip", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
+    """Options by which a supervisor controls a worker; hidden from users."""
+    for name in ("--in-flight", "--skip"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    for name in ("--resume", "--wait"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
-"""Times the backends of an operator against its peers, all in one run, turn by turn.
+"""Times the backends of an operator against its baselines, in one process.
 
-Within a case every contender is checked, then all are timed in turns (A B C A B C ...), so that
-a machine that slows down slows them all. A result that is wrong has no ratio.
+Within a case every implementation is checked, then all are timed in turns (A B C A B C ...), so that a machine that
+slows down slows them all. A wrong result has no ratio.
 """
 
 import statistics
@@ -14,71 +14,65 @@ import torch
 import pruneops
 from pruneops.backends import BackendUnavailable
 
-from .machine import Clock
+from .machine import Clock, dtype_name
 
-LEAST_TURNS, MOST_TURNS = 3, 100
-LEAST_SECONDS = 0.1  # that contenders on a card take turns for, however long it took to prepare them
-# One contender may take this share of a case's time, its two first calls and the fewest turns together.
-LARGEST_SHARE = 0.25
+MIN_TURNS, MAX_TURNS = 3, 100
+MIN_SECONDS = 0.1  # of turns on CUDA, however long preparing took
+MAX_SHARE = 0.25  # of a case's time for one implementation: its first two calls and the fewest turns
 HOST_SECONDS = 0.2  # after which no block of calls begins
-SHORT = 1e-3  # seconds; what a longer call costs the host is of no interest
-USED_UP = "the time given is used up"
-SETTLED = ("failed", "crashed", "hung", "not there")  # a contender that ended so is not tried again
-WEIGHTS = (1, 2, 3)  # of the time: backends alone, with peers, with peers that compile
+SHORT = 1e-3  # seconds; the host's time matters for shorter calls only
+OUT_OF_TIME = "the time given is used up"
+FINAL = ("failed", "crashed", "hung", "unsupported")  # implementations with these statuses are not tried again
+WEIGHTS = (1, 2, 3)  # of the time, by phase: backends alone, with baselines, with baselines that compile
 
 
 class ContextLost(Exception):
-    """A contender broke the CUDA context: nothing runs in this process any more."""
+    """An implementation broke the CUDA context: nothing runs in this process any more."""
 
 
 @dataclass
-class Contender:
-    """An implementation in a case: a backend or a peer."""
+class Implementation:
+    """A backend or a baseline in a case."""
 
     name: str
     kind: str
     prepare: object
-    seconds: float  # a guess at one run, 0 if it always runs
+    seconds: float  # estimate of one run; 0 if it always runs
     precision: torch.dtype
-    backend: str = "auto"  # in force while it is prepared and runs
-    rank: int = 0  # 0 for a backend, 1 for a peer, 2 for a peer that compiles
+    backend: str = "auto"  # forced while it is prepared and runs
+    phase: int = 0  # 0 for a backend, 1 for a baseline, 2 for a baseline that compiles
     graph: bool = False  # a backend replayed from a CUDA graph
 
 
-def contenders(operator, case, device, backends, peers, ceilings):
-    """Backends that can run here and their variants, on CUDA also replayed from a graph; then this device's peers,
-    those that compile last."""
+def implementations(operator, case, device, backends, baselines, rates):
+    """Given backends and their variants, on CUDA also replayed from a graph; then the baselines of this device, those
+    that compile last."""
     found = []
     for name in backends:
-        guess = operator.reference_seconds(case, ceilings) if name == "reference" else 0.0
-        variants = {} if name == "reference" else operator.variants(case)
-        for words, face in {"": operator.call, **variants}.items():
+        fused = name != "reference"
+        seconds = 0.0 if fused else operator.reference_seconds(case, rates)
+        for label, function in {"": operator.call, **(operator.variants(case) if fused else {})}.items():
+            label = f"{name} {label}".strip()
+            found.append(Implementation(label, "backend", _call(function), seconds, torch.float32, name))
+            if device.type == "cuda" and fused:
+                prepare, label = _call(function, capture), f"{label} graph"
+                found.append(Implementation(label, "backend", prepare, seconds, torch.float32, name, graph=True))
+    for name in baselines:
+        baseline = operator.baselines[name]
+        if device.type in baseline.devices:
+            seconds, phase = baseline.seconds(case, rates), 2 if baseline.compiles else 1
+            found.append(Implementation(name, "baseline", baseline.prepare, seconds, case.dtype, phase=phase))
+    return sorted(found, key=lambda implementation: implementation.phase == 2)
 
-            def prepare(_, arguments, face=face):
-                return lambda: face(arguments)
 
-            def prepare_graph(_, arguments, face=face):
-                return capture(lambda: face(arguments))
-
-            label = f"{name} {words}".strip()
-            found.append(Contender(label, "backend", prepare, guess, torch.float32, name))
-            if device.type == "cuda" and name != "reference":
-                options = {"graph": True}
-                found.append(
-                    Contender(f"{label} graph", "backend", prepare_graph, guess, torch.float32, name, **options)
-                )
-    for name in peers:
-        peer = operator.peers[name]
-        if device.type in peer.devices:
-            guess, rank = peer.seconds(case, ceilings), 2 if peer.compiles else 1
-            found.append(Contender(name, "peer", peer.prepare, guess, case.dtype, rank=rank))
-    return sorted(found, key=lambda contender: contender.rank == 2)
+def _call(function, transform=lambda call: call):
+    return lambda case, arguments: transform(lambda: function(arguments))
 
 
 def capture(call):
-    """Record a call in a CUDA graph; the function returned replays it and hands back its outputs.
+    """Record a call in a CUDA graph; the function returned replays it and returns its outputs.
 
-    A graph holds addresses, not tensors: the function keeps the call and all that it closes over.
+    A graph holds addresses, not tensors: the function keeps the call and everything that it closes over.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -98,139 +92,166 @@ def capture(call):
 
 
 def compiled(function, **options):
-    """A function under torch.compile, as for the first time."""
+    """A function under torch.compile, with nothing compiled before."""
     if pruneops.backends.interpreting():
         raise RuntimeError("torch.compile needs TRITON_INTERPRET off")
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, **options)
 
 
-def quiet(case=None, contender=None):
-    """Stands for a function that is told which contender of which case is next, and nothing when it is done."""
+def no_progress(case=None, implementation=None):
+    """Default of `progress`."""
 
 
-def run_case(operator, case, device, found, ceilings, seconds, rank=2, known=None, prepare_s=None, doing=quiet):
-    """Check and time the contenders of one case within about `seconds`.
+def run_case(
+    operator, case, device, found, rates, seconds, phase=2, earlier=None, prepare_s=None, progress=no_progress
+):
+    """Check and time the implementations of one case within about `seconds`.
 
     Parameters
     ----------
-    found : list of Contender
-    rank : int
-        Contenders of a greater rank wait for a later call.
-    known : dict, optional
+    found : list of Implementation
+    phase : int
+        Implementations of a later phase wait for a later call.
+    earlier : dict, optional
         Name -> entry of an earlier call: what failed stays so, what was checked is only timed again.
     prepare_s : dict, optional
-        Peer -> seconds that it took to prepare in another case; one that compiles and would not fit is left out.
-    doing : callable (case, contender)
-        Told what comes next, so that a process that dies leaves a name.
+        Baseline -> seconds that it took to prepare in another case; one that compiles is skipped if too few are left.
+    progress : callable (case, implementation)
+        Called before anything that may end the process.
 
     Returns
     -------
     dict
-        Case, counted bytes and operations, floor, and one entry per contender: status "ok",
-        "WRONG", "failed", "crashed", "hung", "not there" or "skipped" with its reason, times in seconds,
-        ratios to the peers, the host's time for a short call of many in a row.
+        Case, minimum bytes and operations, roofline time, and one entry per implementation: status "ok", "WRONG",
+        "failed", "crashed", "hung", "unsupported" or "skipped" with its reason, times in seconds, ratios to the
+        baselines, the host's time for a short call of many in a row.
 
     Raises
     ------
     ContextLost
-        A contender left a CUDA context in which nothing runs.
+        An implementation left a CUDA context in which nothing runs.
     """
     begin = time.monotonic()
-    known, prepare_s = known or {}, prepare_s or {}
-    cost, floor = operator.cost(case), ceilings.floor(operator.cost(case), case.dtype)
-    longest = LARGEST_SHARE * max(seconds, 0) / (2 + LEAST_TURNS)
+    earlier, prepare_s = earlier or {}, prepare_s or {}
+    cost = operator.cost(case)
+    roofline, max_seconds = rates.roofline(cost, case.dtype), MAX_SHARE * max(seconds, 0) / (2 + MIN_TURNS)
 
     def left():
         return seconds - (time.monotonic() - begin)
 
-    entries = {contender.name: _entry(contender, known) for contender in found}
-    waiting = [c for c in found if seconds > 0 and c.rank <= rank and _runs(c, entries[c.name], longest)]
+    entries = {each.name: _entry(each, earlier) for each in found}
+    waiting = [each for each in found if seconds > 0 and each.phase <= phase]
+    waiting = [each for each in waiting if _may_run(each, entries[each.name], max_seconds)]
     if waiting:
         arguments, expected, calls = operator.arguments(case, device), None, {}
-        helps = any("check" not in entries[c.name] for c in waiting) and "reference" not in known
-        if helps and operator.reference_seconds(case, ceilings) <= longest:
-            doing(case.name, "reference")
+        unchecked = "reference" not in earlier and any("check" not in entries[each.name] for each in waiting)
+        if unchecked and operator.reference_seconds(case, rates) <= max_seconds:
+            progress(case.name, "reference")
             with pruneops.backend("reference"):
                 expected = operator.call(arguments)
-        for contender in waiting:
-            entry = entries[contender.name]
-            if contender.kind == "peer" and not _fits(contender, entry, left(), prepare_s):
+        for each in waiting:
+            entry = entries[each.name]
+            if each.kind == "baseline" and not _has_time(each, entry, left(), prepare_s):
                 continue
-            doing(case.name, contender.name)
-            call = _try(operator, case, device, arguments, expected, contender, entry)
+            progress(case.name, each.name)
+            call = _prepare(operator, case, device, arguments, expected, each, entry)
             if call:
-                calls[contender.name] = contender.backend, call
-        _time(case, device, waiting, calls, entries, floor, left(), doing)
-        doing()
-    _compare(entries)
+                calls[each.name] = each.backend, call
+        prepared = [each for each in waiting if each.name in calls]
+        _time(case, device, prepared, calls, entries, roofline, left(), progress)
+        progress()
+    _add_ratios(entries)
     return {
         "name": case.name,
         "shape": case.shape,
         "sizes": case.sizes,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         "bytes": cost.bytes,
         "operations": cost.operations,
-        "floor_s": floor,
-        "rank": rank,
-        "contenders": list(entries.values()),
+        "roofline_s": roofline,
+        "phase": phase,
+        "implementations": list(entries.values()),
     }
 
 
-def _entry(contender, known):
-    """What is known of a contender, or that it was not reached."""
-    entry = {"name": contender.name, "kind": contender.kind, "status": "skipped", "reason": USED_UP}
-    before = known.get(contender.name, entry)
+def _entry(implementation, earlier):
+    """The entry of an earlier call, or that the implementation was not reached."""
+    entry = {"name": implementation.name, "kind": implementation.kind, "status": "skipped", "reason": OUT_OF_TIME}
+    before = earlier.get(implementation.name, entry)
     return entry if before["status"] == "skipped" else entry | before
 
 
-def _runs(contender, entry, longest):
-    """Whether a contender did not end for good and is no longer than it may be."""
-    if entry["status"] in SETTLED:
+def _may_run(implementation, entry, max_seconds):
+    """Whether an implementation has no final status and is estimated to be short enough."""
+    if entry["status"] in FINAL:
         return False
-    if contender.seconds > longest and entry["status"] == "skipped":
-        entry["reason"] = f"would take {contender.seconds:.3g} s a run"
-    return contender.seconds <= longest
+    if implementation.seconds > max_seconds and entry["status"] == "skipped":
+        entry["reason"] = f"would take {implementation.seconds:.3g} s a run"
+    return implementation.seconds <= max_seconds
 
 
-def _fits(peer, entry, left, prepare_s):
-    """Whether time is left for a peer, and for one that compiles as much as it took elsewhere."""
-    needed = prepare_s.get(peer.name, 0) if peer.rank == 2 else 0
+def _has_time(baseline, entry, left, prepare_s):
+    """Whether time is left for a baseline; for one that compiles, as much as it took in another case."""
+    needed = prepare_s.get(baseline.name, 0) if baseline.phase == 2 else 0
     if entry["status"] == "skipped" and left < needed:
-        entry["reason"] = USED_UP if left < 0 else f"takes {needed:.2g} s to prepare"
+        entry["reason"] = OUT_OF_TIME if left < 0 else f"takes {needed:.2g} s to prepare"
     return left >= needed
 
 
-def _time(case, device, waiting, calls, entries, floor, seconds, doing):
-    """Times of all in turns, then what a call costs the host, into their entries."""
+def _prepare(operator, case, device, arguments, expected, implementation, entry):
+    """Prepare an implementation and check it unless that is done; fills its entry. Returns what is timed, None if it
+    failed."""
+    begin = time.monotonic()
+    try:
+        memory = _PeakMemory(device)
+        with pruneops.backend(implementation.backend):
+            call = implementation.prepare(case, arguments)
+            call()
+            result = call()
+        if entry["status"] in ("ok", "WRONG"):
+            return call
+        entry["extra_bytes"] = memory.extra()
+        checked = operator.verify(case, arguments, result, expected, implementation.precision)
+    except Exception as error:
+        unsupported = isinstance(error, BackendUnavailable) and "has no such kernel" in str(error)
+        entry |= {"status": "unsupported" if unsupported else "failed", "reason": message(error)}
+        raise_if_lost(device, error)
+        return None
+    finally:
+        entry["prepare_s"] = round(time.monotonic() - begin, 2)
+        print(f"  {case.name} {implementation.name}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+    entry |= {"status": "ok" if checked.right else "WRONG", "reason": checked.message, "check": checked.numbers}
+    return call
+
+
+def _time(case, device, prepared, calls, entries, roofline, seconds, progress):
+    """Add the times of all in turns to their entries, then the host's time of a call."""
 
     def failed(name, error):
-        entries[name] |= {"status": "failed", "reason": words_of(error)}
+        entries[name] |= {"status": "failed", "reason": message(error)}
         raise_if_lost(device, error)
 
-    def next_turn(name):
-        doing(case.name, name)
-
-    seconds = max(seconds, LEAST_SECONDS if device.type == "cuda" else 0)
-    for name, times in take_turns(calls, Clock(device), seconds, next_turn, failed).items():
-        entries[name] |= summary(times, floor)
-    for contender in waiting:
-        if contender.name in calls and entries[contender.name]["status"] != "failed":
-            doing(case.name, contender.name)
-            _time_host(contender, calls[contender.name], device, entries[contender.name], failed)
+    seconds = max(seconds, MIN_SECONDS if device.type == "cuda" else 0)
+    times = take_turns(calls, Clock(device), seconds, lambda name: progress(case.name, name), failed)
+    for each in prepared:
+        if each.name in times:
+            entries[each.name] |= summary(times[each.name], roofline)
+            progress(case.name, each.name)
+            _time_host(each, calls[each.name], device, entries[each.name], failed)
 
 
-def take_turns(calls, clock, seconds, doing=quiet, failed=None):
-    """Times [turns] of every (backend, call), one call of each per turn, for about `seconds`, at least 3 turns.
+def take_turns(calls, clock, seconds, progress=no_progress, failed=None):
+    """Times [turns] of every (backend, call), one call of each per turn, for about `seconds`, at least MIN_TURNS.
 
-    One that fails has no times and no more turns: `failed(name, error)` is told, without it the error goes up.
+    One that fails has no times and no more turns: `failed(name, error)` is called; without it the error is raised.
     """
     calls, times = dict(calls), {name: [] for name in calls}
     end, turns, longest = time.monotonic() + seconds, 0, 0.0
-    while calls and (turns < LEAST_TURNS or (turns < MOST_TURNS and time.monotonic() + longest < end)):
+    while calls and (turns < MIN_TURNS or (turns < MAX_TURNS and time.monotonic() + longest < end)):
         begin = time.monotonic()
         for name, (backend, call) in list(calls.items()):
-            doing(name)
+            progress(name)
             try:
                 with pruneops.backend(backend):
                     times[name].append(clock(call))
@@ -244,10 +265,10 @@ def take_turns(calls, clock, seconds, doing=quiet, failed=None):
 
 
 def host_seconds(backend, call, device, blocks=15, calls=20):
-    """Time that the host takes for one of many calls in a row, while a GPU works or, on a CPU, work included."""
+    """Time of the host for one of many calls in a row, while a GPU works; on a CPU the work is included."""
     times, spent = [], 0.0
     with pruneops.backend(backend):
-        while len(times) < LEAST_TURNS or (len(times) < blocks and spent < HOST_SECONDS):
+        while len(times) < MIN_TURNS or (len(times) < blocks and spent < HOST_SECONDS):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             begin = time.perf_counter()
@@ -260,25 +281,25 @@ def host_seconds(backend, call, device, blocks=15, calls=20):
     return statistics.median(times)
 
 
-def _time_host(contender, call, device, entry, failed):
-    """Host time of short calls, and of a backend on a card whose call returns early though its work is long."""
+def _time_host(implementation, call, device, entry, failed):
+    """Host time of short calls, and of a backend on CUDA whose call returns early though its work is long."""
     median = entry["median_s"]
-    launches = device.type == "cuda" and contender.kind == "backend" and contender.backend != "reference"
-    if not (median < SHORT or (launches and not contender.graph)):
+    launches = device.type == "cuda" and implementation.kind == "backend" and implementation.backend != "reference"
+    if not (median < SHORT or (launches and not implementation.graph)):
         return
     try:
         calls = min(20, max(5, round(0.02 / median)))
-        blocks = min(15, max(LEAST_TURNS, round(0.1 / (calls * median))))
+        blocks = min(15, max(MIN_TURNS, round(0.1 / (calls * median))))
         seconds = host_seconds(*call, device, blocks, calls)
     except Exception as error:
-        failed(contender.name, error)
+        failed(implementation.name, error)
         return
     if median < SHORT or seconds < SHORT:
         entry["host_s"] = seconds
 
 
-def summary(times, floor):
-    """Median and 20-80 % of times in seconds, and how much of the time the floor is."""
+def summary(times, roofline):
+    """Median and 20-80 % of times in seconds, and roofline time over median."""
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     median = statistics.median(times)
     return {
@@ -286,36 +307,11 @@ def summary(times, floor):
         "p20_s": deciles[1],
         "p80_s": deciles[7],
         "times_s": [float(f"{seconds:.4g}") for seconds in times],
-        "of_floor": floor / median,
+        "of_roofline": roofline / median,
     }
 
 
-def _try(operator, case, device, arguments, expected, contender, entry):
-    """Prepare a contender and check it unless it was; returns what is timed, None if it failed, and fills its entry."""
-    begin = time.monotonic()
-    try:
-        memory = _Memory(device)
-        with pruneops.backend(contender.backend):
-            call = contender.prepare(case, arguments)
-            call()
-            result = call()
-        if entry["status"] in ("ok", "WRONG"):
-            return call
-        entry["extra_bytes"] = memory.peak()
-        checked = operator.check(case, arguments, result, expected, contender.precision)
-    except Exception as error:
-        missing = isinstance(error, BackendUnavailable) and "has no such kernel" in str(error)
-        entry |= {"status": "not there" if missing else "failed", "reason": words_of(error)}
-        raise_if_lost(device, error)
-        return None
-    finally:
-        entry["prepare_s"] = round(time.monotonic() - begin, 2)
-        print(f"  {case.name} {contender.name}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
-    entry |= {"status": "ok" if checked.right else "WRONG", "reason": checked.words, "check": checked.numbers}
-    return call
-
-
-def words_of(error):
+def message(error):
     """An error in one line."""
     if isinstance(error, BackendUnavailable):
         return str(error).partition("cannot run here: ")[2] or str(error)
@@ -323,16 +319,16 @@ def words_of(error):
 
 
 def raise_if_lost(device, error):
-    """After a device-side assert or an illegal access every call of CUDA fails."""
+    """Raise ContextLost if CUDA calls fail, as they all do after a device-side assert or an illegal access."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
         except Exception as lost:
-            raise ContextLost(words_of(lost)) from error
+            raise ContextLost(message(lost)) from error
 
 
-class _Memory:
-    """Device memory taken beyond what was there, at its peak; None on CPU."""
+class _PeakMemory:
+    """Device memory allocated since it was made, at its peak; None on CPU."""
 
     def __init__(self, device):
         self.device = device if device.type == "cuda" else None
@@ -340,16 +336,16 @@ class _Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
 
-    def peak(self):
+    def extra(self):
         return torch.cuda.max_memory_allocated(self.device) - self.before if self.device else None
 
 
-def _compare(entries):
-    """Ratio of every right contender to every right peer: above 1 it is faster than the peer."""
+def _add_ratios(entries):
+    """Ratio of every right implementation to every right baseline: above 1 it is faster than the baseline."""
     right = {name: entry for name, entry in entries.items() if entry["status"] == "ok" and "median_s" in entry}
     for name, entry in right.items():
         entry["ratios"] = {
-            peer: other["median_s"] / entry["median_s"]
-            for peer, other in right.items()
-            if other["kind"] == "peer" and peer != name
+            baseline: other["median_s"] / entry["median_s"]
+            for baseline, other in right.items()
+            if other["kind"] == "baseline" and baseline != name
         }

@@ -1,4 +1,4 @@
-"""What a run was measured on, and the rates that floors are made of."""
+"""What a run was measured on, and the peak rates of its roofline."""
 
 import ctypes
 import datetime
@@ -20,29 +20,33 @@ from . import ROOT
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """Rates measured in the same run: bytes/s of a large read and of a large copy, which counts what it reads and what
-    it writes; operations/s of a large matmul per dtype."""
+class PeakRates:
+    """Rates measured in the same run: bytes/s of a large read and of a large copy (read and written bytes both count),
+    operations/s of a large matmul per dtype."""
 
     read: float
     copy: float
     matmul: dict[torch.dtype, float]
 
-    def floor(self, cost, dtype):
-        """Seconds below which no implementation of this cost can go: written bytes and as many read ones pass at the
-        rate of a copy, the rest at that of a read."""
+    def roofline(self, cost, dtype):
+        """Minimum seconds of this cost: written bytes and as many read ones at the rate of a copy, other read bytes at
+        that of a read; or the operations, if they take longer."""
         memory = (cost.read - cost.written) / self.read + 2 * cost.written / self.copy
         return max(memory, cost.operations / self.matmul[dtype])
 
     def facts(self):
-        matmul = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.matmul.items()}
+        matmul = {dtype_name(dtype): rate for dtype, rate in self.matmul.items()}
         return {"read_bytes_per_s": self.read, "copy_bytes_per_s": self.copy, "matmul_operations_per_s": matmul}
 
 
-class Clock:
-    """Seconds that one call takes: device events after a flush of the L2 cache on CUDA, else perf_counter.
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
 
-    On a CPU a flush would take the interpreter out of the caches too, and cost more than most calls.
+
+class Clock:
+    """Seconds of one call: device events after a flush of the L2 cache on CUDA, else perf_counter.
+
+    On a CPU a flush would evict the interpreter too, and cost more than most calls.
     """
 
     def __init__(self, device):
@@ -69,27 +73,27 @@ _memory = {"freed": "as usual"}
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed, for the rest of the process.
+    """Have glibc keep freed memory for the rest of the process.
 
-    Large results are else given back and faulted in anew now and then, and one contender pays what another freed. Page
-    faults of a heap that grows remain.
+    Otherwise large results are returned to the system and faulted in again now and then, and one implementation pays
+    for what another freed. Page faults of a growing heap remain.
     """
-    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     if platform.libc_ver()[0] == "glibc":
         glibc = ctypes.CDLL(None)
         _memory["freed"] = "kept" if glibc.mallopt(trim_threshold, -1) and glibc.mallopt(mmap_max, 0) else "as usual"
 
 
-def ceilings(device, dtypes):
+def peak_rates(device, dtypes):
     """Measure the rates; products are square, of random values.
 
-    A CPU reads a line before it writes it, so a copy moves more than it counts and a pass that only reads is faster.
+    A CPU reads a cache line before it writes it, so a copy moves more bytes than it counts.
     """
     clock, cuda = Clock(device), device.type == "cuda"
 
     def seconds(call):
         call()
-        return min(clock(call) for _ in range(10))  # a ceiling is the best that is seen
+        return min(clock(call) for _ in range(10))
 
     source = torch.randn((1 << 28) if cuda else (32 << 20), device=device)
     copy = 2 * source.nbytes / seconds(functools.partial(torch.empty_like(source).copy_, source))
@@ -99,21 +103,21 @@ def ceilings(device, dtypes):
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         matmul[dtype] = 2 * n**3 / seconds(functools.partial(torch.matmul, a, b))
-    return Ceilings(read, copy, matmul)
+    return PeakRates(read, copy, matmul)
 
 
-class Company:
-    """How much of the processors other processes took since it was made; with it, CPU timings mean little."""
+class BackgroundLoad:
+    """Share of the processors that other processes took since it was made; CPU timings under load mean little."""
 
     def __init__(self):
         self.begin = self._seconds()
 
     def share(self):
-        """Between 0 and 1; None where the system does not tell."""
+        """Between 0 and 1; None where the system does not report it."""
         if self.begin is None:
             return None
-        wall, busy, own = (now - then for now, then in zip(self._seconds(), self.begin))
-        return round(max(0.0, busy - own) / max(wall * os.cpu_count(), 1e-9), 3)
+        wall, busy, used = (now - then for now, then in zip(self._seconds(), self.begin))
+        return round(max(0.0, busy - used) / max(wall * os.cpu_count(), 1e-9), 3)
 
     def _seconds(self):
         """Wall time, busy time of all processors, time of this process and its children."""
@@ -156,13 +160,13 @@ def device_name(device):
 
 
 def revision():
-    """Commit and whether the tree differs from it; PRUNEOPS_COMMIT speaks where there is no git."""
-    told = os.environ.get("PRUNEOPS_COMMIT")
+    """Commit and whether the tree differs from it; from PRUNEOPS_COMMIT where there is no git."""
+    given = os.environ.get("PRUNEOPS_COMMIT")
     try:
         commit = _git("rev-parse", "HEAD").strip()
         changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": told.removesuffix("-dirty") if told else None, "dirty": told and told.endswith("-dirty")}
+        return {"commit": given.removesuffix("-dirty") if given else None, "dirty": given and given.endswith("-dirty")}
     return {"commit": commit, "dirty": bool(changes.strip())}
 
 
@@ -193,7 +197,7 @@ def _cpu_model():
 
 
 def _largest_cache():
-    """Bytes of the processor's last cache; None where the system does not tell."""
+    """Bytes of the processor's largest cache; None where the system does not report it."""
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(file.read_text().strip().removesuffix("K")) << 10 for file in files), default=None)
 

@@ -1,9 +1,10 @@
-"""What a benchmark of an operator declares; one file of `benchmarks/ops/` per operator.
+"""What the benchmark of an operator declares, in one file of `benchmarks/ops/` per operator.
 
-An operator's file holds its cases, its inputs, its cost model, its check of a result and its
-peers. Everything else (timing, tables, JSON, pytest-benchmark, sanitizers) is shared.
+Its module has the attributes of `Operator` below (constants in upper case): cases, inputs, cost model, check of a
+result, baselines. Timing, tables, JSON and pytest-benchmark are shared.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 
+LOWER_BOUND = "lower bound, not checked"
+
 
 @dataclass(frozen=True)
 class Case:
-    """One set of sizes. `name` is what `--cases` takes, `shape` what the table shows."""
+    """One set of sizes: `name` for --cases, `shape` for the table."""
 
     name: str
     shape: str
@@ -25,8 +28,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least any implementation must do: bytes of the inputs, read once, of the outputs, written once (no more
-    than are read), and operations."""
+    """Minimum work of any implementation: bytes of the inputs, read once, of the outputs, written once (no more than
+    are read), and operations."""
 
     read: int
     written: int
@@ -39,20 +42,27 @@ class Cost:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a result is right, in numbers that go into the JSON and a few words for the table."""
+    """Whether a result is right, a message for the table, and numbers for the JSON."""
 
     right: bool
-    words: str
+    message: str
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """What a user would run instead.
 
-    `prepare(case, arguments)` returns a function of nothing that is timed; compiling and graph
-    capture happen in it. `seconds(case, ceilings)` is a guess at one run, by which a peer that
-    takes too long is left out. One that `compiles` takes seconds to prepare: others go first.
+    Attributes
+    ----------
+    prepare : callable (case, arguments) -> callable () -> result
+        Compiles and captures; the function returned is timed. It returns None if it does less than the operator (a
+        plain copy, an attention's own forward pass): a lower bound, which is not checked.
+    seconds : callable (case, peak_rates) -> float
+        Estimate of one run; a baseline that takes too long is skipped.
+    devices : tuple of str
+    compiles : bool
+        Takes seconds to prepare, so it comes after the others.
     """
 
     prepare: Callable[[Case, dict], Callable[[], Any]]
@@ -68,24 +78,24 @@ class Operator:
     Attributes
     ----------
     cases : tuple of Case
-        Small first, since what small cases leave of the time goes to the large ones.
+        Small first: the time that small cases leave goes to the large ones.
     sets : dict
         Device type -> {"tiny", "quick", "full", "goals", ...} -> names of cases.
     arguments : callable (case, device) -> dict
         The same values on every call.
     call : callable (arguments) -> result
-        The operator's documented Python face.
-    variants : callable (case) -> dict
-        Other ways through the package to the same result: words for the table -> like `call`.
+        The operator's public function.
     check : callable (case, arguments, result, expected, precision) -> Check
-        `expected` is the reference's result, or None where it would take too long; `precision`
-        is the dtype the implementation computes in.
+        `expected` is the reference's result, or None where it would take too long; `precision` is the dtype that the
+        implementation computes in.
     cost : callable (case) -> Cost
-    reference_seconds : callable (case, ceilings) -> float
-        A guess at one run of the reference.
-    peers : dict of Peer
-    sanitize : callable (device) -> iterable of (words, passed)
-        Runs the operator on small shapes that reach every kernel of the backend in force.
+    reference_seconds : callable (case, peak_rates) -> float
+        Estimate of one run of the reference.
+    baselines : dict of Baseline
+    variants : callable (case) -> dict
+        Other ways through the package to the same result: label for the table -> like `call`. Optional.
+    gpu_time_share : int
+        Share of the time that `make gpu` has for operators; the largest come first. Optional.
     """
 
     name: str
@@ -96,19 +106,25 @@ class Operator:
     check: Callable[[Case, dict, Any, Any, torch.dtype], Check]
     cost: Callable[[Case], Cost]
     reference_seconds: Callable[[Case, Any], float]
-    peers: dict[str, Peer]
-    sanitize: Callable[[torch.device], Any]
+    baselines: dict[str, Baseline]
     variants: Callable[[Case], dict[str, Callable[[dict], Any]]] = lambda case: {}
+    gpu_time_share: int = 2
+
+    def verify(self, case, arguments, result, expected, precision):
+        """The Check of a result; that of a lower bound is None."""
+        if result is None:
+            return Check(True, LOWER_BOUND)
+        return self.check(case, arguments, result, expected, precision)
 
     def select(self, names, device):
-        """Cases of a comma-separated list of sets and cases; KeyError names what there is not."""
+        """Cases of a comma-separated list of sets and cases; KeyError names an unknown one."""
         known = [case.name for case in self.cases]
         sets = self.sets[device.type]
         wanted = [name for part in names.split(",") for name in sets.get(part, (part,))]
-        unknown = [name for name in wanted if name not in known]
-        if unknown:
-            there = f"sets: {', '.join(sets)}; or cases such as {known[-1]}"
-            raise KeyError(f"no case {unknown[0]!r} of {self.name}; {there}")
+        for name in wanted:
+            if name not in known:
+                there = f"sets: {', '.join(sets)}; or cases such as {known[-1]}"
+                raise KeyError(f"no case {name!r} of {self.name}; {there}")
         return [case for case in self.cases if case.name in wanted]
 
 
@@ -121,4 +137,6 @@ def operator(name):
     """The Operator that benchmarks/ops/<name>.py declares; KeyError if there is none."""
     if name not in names():
         raise KeyError(f"no operator {name!r}; there is: {', '.join(names())}")
-    return importlib.import_module(f"{__package__}.ops.{name}").OPERATOR
+    module = vars(importlib.import_module(f"{__package__}.ops.{name}"))
+    attributes = [key for field in dataclasses.fields(Operator) for key in (field.name, field.name.upper())]
+    return Operator(name, **{key.lower(): module[key] for key in attributes if key in module})

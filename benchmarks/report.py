@@ -6,18 +6,19 @@ import re
 import tempfile
 from pathlib import Path
 
-BUSY = 0.05  # share of the processors taken by others, above which the table says so
+BUSY = 0.05  # background load that the table warns of
 
 
 def rows(document):
-    """Header and rows of cells: one row per contender of every case."""
-    peers = [peer for peer in document["peers"] if any(_ratio(c, peer) for _, c in _contenders(document))]
-    cuda = any(c.get("extra_bytes") is not None for _, c in _contenders(document))
-    header = ["shape", "implementation", "time (20-80 %)", "result", "bytes", "operations", "floor", "% of floor"]
-    hosts = any("host_s" in entry for _, entry in _contenders(document))
-    header += ["extra memory"] * cuda + ["host, in a row"] * hosts + [f"vs {peer}" for peer in peers]
+    """Header and rows of cells: one row per implementation of every case."""
+    pairs = entries(document)
+    baselines = [name for name in document["baselines"] if any(name in _ratios(entry) for _, entry in pairs)]
+    cuda = any(entry.get("extra_bytes") is not None for _, entry in pairs)
+    hosts = any("host_s" in entry for _, entry in pairs)
+    header = ["shape", "implementation", "time (20-80 %)", "result", "bytes", "operations", "roofline", "% of roofline"]
+    header += ["extra memory"] * cuda + ["host, in a row"] * hosts + [f"vs {name}" for name in baselines]
     table = []
-    for case, entry in _contenders(document):
+    for case, entry in pairs:
         row = [case["shape"], entry["name"]]
         if entry["status"] not in ("ok", "WRONG"):
             row += [f"{entry['status']}: {entry['reason']}"]
@@ -25,10 +26,10 @@ def rows(document):
             timed = "median_s" in entry
             spread = f"{time(entry['median_s'])} ({time(entry['p20_s'])} - {time(entry['p80_s'])})" if timed else "-"
             row += [spread, entry["reason"], quantity(case["bytes"], "B"), quantity(case["operations"], "op")]
-            row += [time(case["floor_s"]), percent(entry["of_floor"]) if timed else "-"]
+            row += [time(case["roofline_s"]), percent(entry["of_roofline"]) if timed else "-"]
             row += [quantity(entry["extra_bytes"] or 0, "B")] * cuda
             row += [time(entry["host_s"]) if "host_s" in entry else "-"] * hosts
-            row += [speed(_ratio(entry, peer)) for peer in peers]
+            row += [speed(_ratios(entry).get(name)) for name in baselines]
         table.append(row)
     return header, table
 
@@ -57,25 +58,21 @@ def markdown(document):
 
 
 def notes(document):
-    """What stands under the table: where and with what it was measured, and what could not run."""
+    """Notes under the table: machine, versions, peak rates, and what could not run."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
-    commit = (document["commit"] or "unknown")[:12] + (" with changes" if document["dirty"] else "")
-    lines = [f"{document['device']}, {versions}, commit {commit}, {document['date']}"]
-    if (document["others_share"] or 0) > BUSY:
-        lines.append(f"BUSY MACHINE: other processes took {percent(document['others_share'])} of the processors")
-    if document["ceilings"]:
-        read, copy, products = (
-            document["ceilings"][f"{what}_per_s"] for what in ("read_bytes", "copy_bytes", "matmul_operations")
-        )
+    lines = [f"{document['device']}, {versions}, commit {commit(document)}, {document['date']}"]
+    if (document["background_load"] or 0) > BUSY:
+        lines.append(f"BUSY MACHINE: other processes took {percent(document['background_load'])} of the processors")
+    if document["peak_rates"]:
+        keys = ("read_bytes", "copy_bytes", "matmul_operations")
+        read, copy, products = (document["peak_rates"][f"{key}_per_s"] for key in keys)
         rates = [f"reads {quantity(read, 'B/s')}", f"copies {quantity(copy, 'B/s')} (in and out)"]
         rates += [f"{dtype} products {quantity(rate, 'op/s')}" for dtype, rate in products.items()]
-        lines.append(
-            "bytes: inputs read once, outputs written once; operations: those that no implementation can spare"
-        )
-        lines.append(f"floor: the longer of the two at the rates of this run: {', '.join(rates)}")
-        lines.append(f"% of floor: floor / time, 100 % is as fast as memory or products go; {_caches(document)}")
-    if any("host_s" in entry for _, entry in _contenders(document)):
-        lines.append("host, in a row: time of the host for one of many calls of the same, without turns")
+        lines.append("bytes: inputs read once, outputs written once; operations: the minimum of any implementation")
+        lines.append(f"roofline: the longer of the two at the peak rates of this run: {', '.join(rates)}")
+        lines.append(f"% of roofline: roofline / time; {_caches(document)}")
+    if any("host_s" in entry for _, entry in entries(document)):
+        lines.append("host, in a row: host time of one of many calls in a row, without turns")
     lines += [f"{name} not run: {reason}" for name, reason in document["unavailable"].items()]
     if not document["complete"]:
         lines.append("INCOMPLETE: the run was interrupted")
@@ -86,17 +83,21 @@ def _caches(document):
     if "gpu" in document["machine"]:
         return "caches are cold before every call"
     size = document["machine"].get("cache_bytes")
-    return f"caches are warm, and what fits them ({quantity(size, 'B') if size else 'of unknown size'}) can pass it"
+    return f"caches are warm: inputs that fit them ({quantity(size, 'B') if size else 'unknown size'}) can exceed 100 %"
+
+
+def commit(document):
+    return (document["commit"] or "unknown")[:12] + (" with changes" if document["dirty"] else "")
 
 
 def write(path, document):
-    """Write JSON whole or not at all, lists of numbers on one line."""
+    """Write JSON atomically, lists of numbers on one line."""
     content = json.dumps(document, indent=1) + "\n"
     write_text(path, re.sub(r"\[\n[-+.\deE,\s]*\]", lambda match: " ".join(match[0].split()), content))
 
 
 def write_text(path, content):
-    """Replace a file by one that was written completely beside it."""
+    """Replace a file atomically."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -129,15 +130,16 @@ def percent(share):
 
 
 def speed(ratio):
-    """How a time compares with a peer's."""
+    """A ratio to a baseline, as a speed-up or a slow-down."""
     if not ratio:
         return "-"
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
-def _contenders(document):
-    return [(case, entry) for case in document["cases"] for entry in case["contenders"]]
+def entries(document):
+    """(case, entry) of every implementation in every case."""
+    return [(case, entry) for case in document["cases"] for entry in case["implementations"]]
 
 
-def _ratio(entry, peer):
-    return entry.get("ratios", {}).get(peer)
+def _ratios(entry):
+    return entry.get("ratios", {})

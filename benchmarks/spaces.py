@@ -1,7 +1,7 @@
 """What `make gpu-tune` may change in triton_kernels: per kernel, where its configuration comes from and what to try.
 
-A target knows one place in a kernel module: it shows what is there, puts a configuration in its place for a while, and
-writes the line that would be committed. Only this file knows how those modules look.
+A target is one place in a kernel module: `current` returns its configuration, `use` overrides it, `text` is the line
+that would be committed. Only this file depends on how those modules are written.
 """
 
 import contextlib
@@ -25,43 +25,43 @@ class Table:
     key: object
 
     def current(self):
-        return flat(self._found())
+        return flat(self._entry())
 
-    def _found(self):
+    def _entry(self):
         return _module("_launch").tuned(getattr(_module(self.module), self.name), self.key)
 
     @contextlib.contextmanager
     def use(self, config):
-        """Put a configuration there; yields a list that holds something once it has been read."""
+        """Override the configuration; yields a list that is not empty once it has been read."""
         module, used = _module(self.module), []
-        table = {key: own for key, own in getattr(module, self.name).items() if not isinstance(key, tuple)}
+        table = {key: value for key, value in getattr(module, self.name).items() if not isinstance(key, tuple)}
 
-        class Noted(dict):
-            def __getitem__(own, key):
+        class Logged(dict):
+            def __getitem__(table, key):
                 used.extend([key] * (key == self.key))
-                return dict.__getitem__(own, key)
+                return dict.__getitem__(table, key)
 
-        changed = Noted({**table, self.key: like(table[self.key], config)})
+        changed = Logged({**table, self.key: like(table[self.key], config)})
         with mock.patch.object(module, self.name, changed):
             yield used
 
     def text(self, config):
         arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "any"
-        return f"{self.name}[{arch}, {self.key!r}] = {like(self._found(), config)}"
+        return f"{self.name}[{arch}, {self.key!r}] = {like(self._entry(), config)}"
 
 
 @dataclass(frozen=True)
 class Function:
     """What a function of the module returns for some arguments: (tile sizes, launch options), or both in one dict.
 
-    `beside` are functions of the same module that return one of these values on their own: name -> key.
+    `parts` are functions of the same module that return one of these values: (name, key).
     """
 
     module: str
     name: str
-    arguments: dict  # position -> value; others may be anything
+    arguments: dict  # position -> value; others are ignored
     example: tuple  # arguments that match
-    beside: tuple = ()
+    parts: tuple = ()
 
     def _matches(self, args):
         return all(place < len(args) and args[place] == value for place, value in self.arguments.items())
@@ -73,18 +73,18 @@ class Function:
     def use(self, config):
         """As for a table."""
         module, used = _module(self.module), []
-        own = getattr(module, self.name)
+        original = getattr(module, self.name)
 
         def changed(*args):
-            found = own(*args)
+            result = original(*args)
             if not self._matches(args):
-                return found
+                return result
             used.append(args)
-            return like(found, flat(found) | config)
+            return like(result, flat(result) | config)
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(module, self.name, changed))
-            for name, key in self.beside:
+            for name, key in self.parts:
                 stack.enter_context(mock.patch.object(module, name, lambda *args, key=key: config[key]))
             yield used
 
@@ -104,7 +104,7 @@ class Constant:
 
     @contextlib.contextmanager
     def use(self, config):
-        """As for a table, but whether it was read is not known."""
+        """As for a table, but always counted as read."""
         with mock.patch.object(_module(self.module), self.name, config[self.name]):
             yield [self.name]
 
@@ -114,24 +114,24 @@ class Constant:
 
 @dataclass(frozen=True)
 class Space:
-    """Configurations of a target, the case of an operator's benchmark that judges them, and what a CPU can rehearse."""
+    """Configurations of a target and the case of an operator's benchmark that times them."""
 
     name: str
     target: object
     operator: str
     case: str
     candidates: tuple
-    rehearsal: tuple = ()  # (target, case) that Triton's interpreter reaches
+    rehearsal: tuple = ()  # (target, case) for Triton's interpreter
 
 
-def flat(found):
+def flat(value):
     """Tile sizes and launch options in one dict."""
-    return dict(found) if isinstance(found, dict) else {key: value for part in found for key, value in part.items()}
+    return dict(value) if isinstance(value, dict) else {key: entry for part in value for key, entry in part.items()}
 
 
-def like(found, config):
-    """A configuration in the form of what was found: one dict, or (tile sizes, launch options)."""
-    if isinstance(found, dict):
+def like(example, config):
+    """A configuration in the layout of an example: one dict, or (tile sizes, launch options)."""
+    if isinstance(example, dict):
         return dict(config)
     tiles = {key: value for key, value in config.items() if not key.startswith("num_")}
     return tiles, {key: value for key, value in config.items() if key.startswith("num_")}
@@ -143,11 +143,11 @@ def grid(warps, stages, **tiles):
     return tuple(dict(zip(names, values)) for values in itertools.product(*tiles.values(), warps, stages))
 
 
-_kept = []  # kernels that captured graphs may still hold
+_kept = []  # kernels that captured graphs may still use
 
 
-def forget():
-    """Have every launcher look at its tables again: plans and compiled kernels are put away."""
+def clear_caches():
+    """Make every launcher read its tables again: drop cached plans and compiled kernels."""
     for name, module in list(sys.modules.items()):
         if not name.startswith(KERNELS):
             continue

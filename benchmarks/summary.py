@@ -1,12 +1,14 @@
-"""The last words of a run on a card, at most 60 lines: stages, operators with what a call costs the host, cases."""
+"""The summary of a run on a GPU, at most 60 lines: stages, operators with the host time of a call, cases."""
 
 from . import report
+from .registry import LOWER_BOUND
+from .stages import BAD, TOOLS
 
-MOST_LINES, MOST_TESTS, WIDTH = 60, 3, 200
-TOOLS = ("small shapes", "memcheck", "racecheck", "initcheck", "synccheck")
+MAX_LINES, MAX_TESTS, WIDTH = 60, 3, 200
+SANITIZERS = ("small shapes", *TOOLS)
 
 
-def host_bar(operator, case, backend):
+def host_limit(operator, case, backend):
     """Microseconds that one call may cost the host."""
     if operator == "attention_mass" and case.startswith("decode"):
         return 40
@@ -15,106 +17,93 @@ def host_bar(operator, case, backend):
     return 45 if operator == "kcenter" else 30
 
 
-def title(document):
-    commit = (document["commit"] or "unknown")[:12] + (" with changes" if document["dirty"] else "")
-    return f"{document['device']}, {document['date'][:10]}, commit {commit}, {document.get('seconds', 0):.0f} s"
-
-
 def lines(document, path):
     """Title, stages, operators and their cases, tests that failed, where the record is."""
-    head = [title(document), *_stages(document["stages"])]
+    operators = document["operators"]
+    of_operator = {stage["name"].partition("benchmark ")[2]: stage for stage in document["stages"]}
+    title = f"{document['device']}, {document['date'][:10]}, commit {report.commit(document)}"
+    head = [f"{title}, {document['seconds']:.0f} s", *_stages(document["stages"])]
     tail = _tests(document["stages"])
     if not document["complete"]:
         tail.append("INCOMPLETE: the run did not end")
     tail.append(f"record: {path} and {path.with_suffix('.md').name}")
-    ended = {stage["name"].removeprefix("benchmark "): stage for stage in document["stages"]}
-    body = [_operator(name, known, ended.get(name)) for name, known in document["operators"].items()]
-    body += [_stage(s) for s in document["stages"] if _operator_of(s) and _operator_of(s) not in document["operators"]]
-    cases = [[_case(name, case) for case in known["cases"]] for name, known in document["operators"].items()]
-    room, dropped = MOST_LINES - len(head) - len(tail) - len(body), 0
-    if sum(map(len, cases)) > room:
-        dropped = sum(map(len, cases)) - room + 1
-        tail.insert(0, f"... and {dropped} more cases, in the record")
-    shown = []
-    for place, words in enumerate(body):
-        own = cases[place] if place < len(cases) else []
-        kept = own[: max(0, room - bool(dropped))]
-        room -= len(kept)
-        shown += [words, *kept]
-    return [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in [*head, *shown, *tail]]
+    heads = [_operator(name, record, of_operator.get(name)) for name, record in operators.items()]
+    cases = [[_case(case) for case in record["cases"]] for record in operators.values()]
+    unknown = [_stage(stage) for name, stage in of_operator.items() if name and name not in operators]
+    room, total = MAX_LINES - len(head) - len(tail) - len(heads) - len(unknown), sum(map(len, cases))
+    if total > room:
+        room = max(room - 1, 0)
+        tail.insert(0, f"... and {total - room} more cases, in the record")
+    body = []
+    for line, rest in zip(heads, cases):
+        body += [line, *rest[:room]]
+        room -= len(rest[:room])
+    return [_shortened(line) for line in [*head, *body, *unknown, *tail]]
 
 
-def _operator_of(stage):
-    name = stage["name"]
-    return name.removeprefix("benchmark ") if name.startswith("benchmark ") else None
+def _shortened(line):
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
 
 
 def _stage(stage):
-    return f"{stage['name']}: {stage['status']}{', ' * bool(stage['words'])}{stage['words']} ({stage['seconds']} s)"
+    return f"{stage['name']}: {stage['status']}{', ' * bool(stage['message'])}{stage['message']} ({stage['seconds']} s)"
 
 
 def _stages(stages):
-    """One line a stage; the sanitizers' share one, for there are many."""
-    others = [_stage(stage) for stage in stages if stage["name"] not in TOOLS and not _operator_of(stage)]
-    tools = [stage for stage in stages if stage["name"] in TOOLS]
-    if not tools:
-        return others
-    same = len({(stage["status"], stage["words"]) for stage in tools[1:]}) == 1
-    if same and len(tools) == len(TOOLS):
+    """One line per stage; the sanitizers share one."""
+    others = [stage for stage in stages if not stage["name"].startswith("benchmark ")]
+    tools = [stage for stage in others if stage["name"] in SANITIZERS]
+    found = [_stage(stage) for stage in others if stage not in tools]
+    if len(tools) == len(SANITIZERS) and len({(stage["status"], stage["message"]) for stage in tools[1:]}) == 1:
         tools = [tools[0], tools[1] | {"name": "the four tools"}]
-    return [*others, "sanitize: " + "; ".join(_stage(stage) for stage in tools)]
+    return [*found, *(["sanitize: " + "; ".join(map(_stage, tools))] if tools else [])]
 
 
 def _tests(stages):
     bad = [name for stage in stages for name in stage.get("bad", [])]
-    words = [f"failed: {name}" for name in bad[:MOST_TESTS]]
-    return words + ([f"failed: {len(bad) - MOST_TESTS} more, in the record"] if len(bad) > MOST_TESTS else [])
+    rest = [f"failed: {len(bad) - MAX_TESTS} more, in the record"] if len(bad) > MAX_TESTS else []
+    return [f"failed: {name}" for name in bad[:MAX_TESTS]] + rest
 
 
-def _operator(name, known, stage):
-    """How its benchmark ended, and the most that a call of a backend costs the host, against the bar."""
+def _operator(name, record, stage):
+    """How its benchmark ended, and the longest host time of a backend's call, against its limit."""
     ended = _stage(stage) if stage else f"benchmark {name}: running"
-    worst = {}  # backend -> (over the bar, seconds, bar)
-    for case in known["cases"]:
-        for entry in case["contenders"]:
-            backend = entry["name"].split(" ")[0]
-            if entry["name"] == backend and backend in ("triton", "cuda") and "host_s" in entry:
-                bar = host_bar(name, case["name"], backend)
-                worst[backend] = max(worst.get(backend, (0, 0, 0)), (1e6 * entry["host_s"] / bar, entry["host_s"], bar))
+    worst = {}  # backend -> (share of the limit, seconds, limit)
+    for case, entry in report.entries(record):
+        backend = entry["name"]
+        if backend in ("triton", "cuda") and "host_s" in entry:
+            limit = host_limit(name, case["name"], backend)
+            over = 1e6 * entry["host_s"] / limit, entry["host_s"], limit
+            worst[backend] = max(worst.get(backend, over), over)
     hosts = [
-        f"{backend} {report.time(seconds)} (bar {bar} us {'met' if over <= 1 else 'MISSED'})"
-        for backend, (over, seconds, bar) in worst.items()
+        f"{backend} {report.time(seconds)} (limit {limit} us {'met' if share <= 1 else 'MISSED'})"
+        for backend, (share, seconds, limit) in worst.items()
     ]
     return f"{ended}{'; host at most: ' if hosts else ''}{', '.join(hosts)}"
 
 
-def _case(operator, case):
-    """The fastest right backend beside the fastest right peer, and what did not come out right."""
-    entries = case["contenders"]
-    right = [entry for entry in entries if entry["status"] == "ok" and "median_s" in entry]
-    own = [entry for entry in right if entry["kind"] == "backend" and not entry["name"].startswith("reference")]
-    own = own or [entry for entry in right if entry["kind"] == "backend"]
-    words = [f"  {case['name']}:"]
-    if own:
-        best = min(own, key=lambda entry: entry["median_s"])
-        words.append(f"{best['name']} {report.time(best['median_s'])}, {report.percent(best['of_floor'])} of floor")
-        peers = {name: ratio for name, ratio in best.get("ratios", {}).items() if not _yardstick(entries, name)}
-        if peers:
-            peer = min(peers, key=peers.get)
-            words.append(f", {report.speed(peers[peer])} than {peer}")
-        eager = next((e for e in entries if e["name"] == best["name"].removesuffix(" graph")), best)
-        if "host_s" in eager:
-            words.append(f", host {report.time(eager['host_s'])}")
-    else:
-        words.append("no backend has a time")
-    wrong = [entry for entry in entries if entry["status"] in ("WRONG", "failed", "crashed", "hung")]
-    words += [f"; {entry['name']} {entry['status']}: {entry['reason'][:70]}" for entry in wrong[:2]]
-    words += [f"; {len(wrong) - 2} more not right"] * (len(wrong) > 2)
+def _case(case):
+    """The fastest right backend beside the fastest right baseline, and what is not right."""
+    entries = case["implementations"]
+    wrong = [f"{e['name']} {e['status']}: {e['reason'][:70]}" for e in entries if e["status"] in BAD]
     unreached = sum(entry["kind"] == "backend" and entry["status"] == "skipped" for entry in entries)
-    words += [f"; {unreached} backends skipped"] * bool(unreached)
-    return " ".join(words).replace(" ,", ",").replace(" ;", ";")
+    rest = wrong[:2] + [f"{len(wrong) - 2} more not right"] * (len(wrong) > 2)
+    rest += [f"{unreached} backends skipped"] * bool(unreached)
+    return "; ".join([f"  {case['name']}: {_fastest(entries)}", *rest])
 
 
-def _yardstick(entries, name):
-    """A peer that does less than the operator: its result is not checked."""
-    return any(entry["name"] == name and entry["reason"] == "a yardstick" for entry in entries)
+def _fastest(entries):
+    right = [e for e in entries if e["kind"] == "backend" and e["status"] == "ok" and "median_s" in e]
+    if not right:
+        return "no backend has a time"
+    best = min(right, key=lambda entry: (entry["name"].startswith("reference"), entry["median_s"]))
+    parts = [f"{best['name']} {report.time(best['median_s'])}", f"{report.percent(best['of_roofline'])} of roofline"]
+    bounds = {entry["name"] for entry in entries if entry["reason"] == LOWER_BOUND}
+    ratios = {name: ratio for name, ratio in best.get("ratios", {}).items() if name not in bounds}
+    if ratios:
+        baseline = min(ratios, key=ratios.get)
+        parts.append(f"{report.speed(ratios[baseline])} than {baseline}")
+    eager = next((entry for entry in entries if entry["name"] == best["name"].removesuffix(" graph")), best)
+    if "host_s" in eager:
+        parts.append(f"host {report.time(eager['host_s'])}")
+    return ", ".join(parts)

@@ -1,19 +1,18 @@
-"""Sweeps configurations of the Triton kernels on this card (`make gpu-tune`, at most 240 s).
+"""Sweeps configurations of the Triton kernels on this GPU (`make gpu-tune`, at most 240 s).
 
-First as many processes as there are cores compile what is to be tried. Then, alone on the card, each space of
+First as many processes as there are cores compile the candidates. Then, alone on the GPU, each space of
 `benchmarks/spaces.py` is tried in a process of its own: a configuration that does not compile, does not fit, crashes,
 hangs or gives a wrong result is left out; the others are timed (device events, cold caches, replayed from a CUDA graph)
-and the best of them once more in turns with what is there today. After every configuration what is known is written to
+and the best of them once more in turns with the current one. After every configuration what is known is written to
 tune-<device>-<date>-<commit>.json, and the table that would be committed to the .md beside it. `--device cpu`
-rehearses this in Triton's interpreter, whose times mean nothing. Exit status: 0, or 1 if a space has no time for what
-is there today, 2 without a GPU, 130 after an interruption.
+rehearses this in Triton's interpreter, whose times mean nothing. Exit status: 0, or 1 if a space has no time for the
+current configuration, 2 without a GPU, 130 after an interruption.
 """
 
 import argparse
 import functools
 import json
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -24,275 +23,227 @@ import torch
 
 import pruneops
 
-from . import ROOT, guard, harness, machine, registry, report, spaces
+from . import guard, harness, machine, record, registry, report, spaces
 from .__main__ import CONTEXT_LOST
-from .gpu import plain
 
 TOTAL_SECONDS = 240
 COMPILING = 0.4  # of all, at most
-TODAY = "as it is"
-BETTER = 0.98  # of today's time, at most, for a configuration to be proposed
+CURRENT = "current"
+BETTER = 0.98  # of the current configuration's time, at most, for a configuration to be proposed
 TURNS, SECONDS = 30, 0.15  # a configuration is timed for so many turns or seconds, whichever ends first
 FINALISTS, FINAL_SECONDS = 3, 1.0
 STATUSES = ("ok", "WRONG", "failed", "crashed", "hung", "not read", "skipped")
-REHEARSED = 1  # configurations of a space on a CPU
 
 
 def label(config):
-    return TODAY if config is None else " ".join(f"{key}={value}" for key, value in config.items()).replace(", ", ",")
+    return CURRENT if config is None else " ".join(f"{key}={value}" for key, value in config.items()).replace(", ", ",")
 
 
-def tried(space, device):
-    """(target, name of the case, configurations) of a space; None where a CPU has nothing to rehearse."""
+def candidates(space, device):
+    """(target, name of the case, configurations, None for the current one); None if a CPU cannot rehearse the space."""
     if device.type == "cuda":
         return space.target, space.case, [None, *space.candidates]
-    return (*space.rehearsal, [None, *space.candidates[:REHEARSED]]) if space.rehearsal else None
+    return (*space.rehearsal, [None, space.candidates[0]]) if space.rehearsal else None
+
+
+def override(target, config):
+    return target.use(target.current() | (config or {}))
 
 
 def measure(target, config, operator, case, arguments, clock, device):
-    """(entry, call) of a configuration, None for today's: checked, then timed; the call is None unless it is right."""
+    """(entry, call) of a configuration: checked, then timed; the call is None unless it is right."""
     entry = {"config": config, "label": label(config)}
 
     def call():
         return operator.call(arguments)
 
     try:
-        spaces.forget()
-        with pruneops.backend("triton"), target.use(target.current() | (config or {})) as used:
+        spaces.clear_caches()
+        with pruneops.backend("triton"), override(target, config) as used:
             checked = operator.check(case, arguments, call(), None, torch.float32)
             if not (checked.right and used):
-                return entry | {"status": "WRONG" if used else "not read", "reason": checked.words}, None
+                return entry | {"status": "WRONG" if used else "not read", "reason": checked.message}, None
             timed = harness.capture(call) if device.type == "cuda" else call
             times, end = [], time.monotonic() + SECONDS
             while len(times) < 3 or (len(times) < TURNS and time.monotonic() < end):
                 times.append(clock(timed))
     except Exception as error:
         harness.raise_if_lost(device, error)
-        return entry | {"status": "failed", "reason": harness.words_of(error)}, None
-    return entry | {"status": "ok", "reason": checked.words, "median_s": statistics.median(times)}, timed
+        return entry | {"status": "failed", "reason": harness.message(error)}, None
+    return entry | {"status": "ok", "reason": checked.message, "median_s": statistics.median(times)}, timed
 
 
-def child(options):
-    """Try one space; writes after every configuration, the best of them once more in turns with today's."""
-    watch = guard.Watch(options)
-    end = time.monotonic() + options.seconds
-    space = next(space for space in spaces.SPACES if space.name == options.child)
-    device = torch.device(options.device)
-    target, name, configs = tried(space, device)
+def sweep(options):
+    """Try one space; writes after every configuration, then times the best in turns with the current one."""
+    worker = guard.Worker(options)
+    end, device = time.monotonic() + options.seconds, torch.device(options.device)
+    space = next(space for space in spaces.SPACES if space.name == options.sweep)
+    target, name, configs = candidates(space, device)
     operator = registry.operator(space.operator)
-    case = next(case for case in operator.cases if case.name == name)
+    (case,) = operator.select(name, device)
     document = {"space": space.name, "case": name, "candidates": [], "final": [], "complete": False}
     if options.out.exists():
         document = json.loads(options.out.read_text())
-    done, left_out = {entry["label"] for entry in document["candidates"]}, watch.crashed(space.name)
+    done, crashed = {entry["label"] for entry in document["candidates"]}, worker.crashed(space.name)
     arguments, clock, calls = operator.arguments(case, device), machine.Clock(device), {}
     for config in configs:
-        entry = {"config": config, "label": label(config), "status": "skipped", "reason": harness.USED_UP}
+        entry = {"config": config, "label": label(config), "status": "skipped", "reason": harness.OUT_OF_TIME}
         if entry["label"] in done:
             continue
-        if entry["label"] in left_out:
-            entry |= {key: left_out[entry["label"]][key] for key in ("status", "reason")}
+        if entry["label"] in crashed:
+            entry |= {key: crashed[entry["label"]][key] for key in ("status", "reason")}
         elif time.monotonic() < end or config is None:
-            watch.doing(space.name, entry["label"])
-            entry, call = measure(target, config, operator, case, arguments, clock, device)
-            calls[entry["label"]] = call
+            worker.progress(space.name, entry["label"])
+            entry, calls[entry["label"]] = measure(target, config, operator, case, arguments, clock, device)
         document["candidates"].append(entry)
         calls = best(calls, document["candidates"])
         report.write(options.out, document)
-    if "final" not in left_out:
-        watch.doing(space.name, "final")
+    if "final" not in crashed:
+        worker.progress(space.name, "final")
         seconds = FINAL_SECONDS if device.type == "cuda" else 0
-        turns = harness.take_turns({words: ("triton", call) for words, call in calls.items()}, clock, seconds)
-        document["final"] = [[words, statistics.median(times)] for words, times in turns.items()]
-        watch.doing()
+        turns = harness.take_turns({name: ("triton", call) for name, call in calls.items()}, clock, seconds)
+        document["final"] = [[name, statistics.median(times)] for name, times in turns.items()]
+        worker.progress()
     document["complete"] = True
     report.write(options.out, document)
 
 
 def best(calls, entries):
-    """Of the calls, today's and the few fastest others: their graphs hold memory."""
+    """Of the calls, the current configuration's and the few fastest others: their graphs hold memory."""
     times = {entry["label"]: entry["median_s"] for entry in entries if entry["status"] == "ok"}
-    others = sorted((words for words in calls if words in times and words != TODAY), key=times.get)[:FINALISTS]
-    return {words: call for words, call in calls.items() if words in others or (words == TODAY and words in times)}
+    others = sorted((name for name in calls if name in times and name != CURRENT), key=times.get)[:FINALISTS]
+    return {name: call for name, call in calls.items() if name in others or (name == CURRENT and name in times)}
 
 
 def compile_slice(options):
     """Call every n-th of all configurations once, so that Triton's cache on disk holds its kernels."""
     first, step = map(int, options.compile_slice.split("/"))
     device, made = torch.device(options.device), {}
-    for space, config in [(s, c) for s in spaces.SPACES for c in tried(s, device)[2]][first::step]:
+    for space, config in [(s, c) for s in spaces.SPACES for c in candidates(s, device)[2]][first::step]:
         operator = registry.operator(space.operator)
         if space.case not in made:
-            case = next(case for case in operator.cases if case.name == space.case)
+            (case,) = operator.select(space.case, device)
             made = {space.case: operator.arguments(case, device)}
         try:
-            spaces.forget()
-            with pruneops.backend("triton"), space.target.use(space.target.current() | (config or {})):
+            spaces.clear_caches()
+            with pruneops.backend("triton"), override(space.target, config):
                 operator.call(made[space.case])
         except Exception as error:
             harness.raise_if_lost(device, error)
     torch.cuda.synchronize()
 
 
-def verdict(known):
-    """(status, words, line of the table or None) of a space: which configuration is proposed."""
-    entries = {entry["label"]: entry for entry in known["candidates"]}
-    counts = {status: sum(e["status"] == status for e in entries.values()) for status in STATUSES}
-    words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    today = entries.get(TODAY, {"status": "skipped", "reason": "it was not reached"})
-    if today["status"] != "ok":
-        return "failed", f"what is there today: {today['status']}, {today['reason']} ({words})", None
-    times = dict(known["final"]) or {name: e["median_s"] for name, e in entries.items() if e["status"] == "ok"}
-    now = times.get(TODAY, today["median_s"])
-    winner = min(times, key=times.get)
-    if winner == TODAY or times[winner] > BETTER * now:
-        return "passed", f"{report.time(now)} as it is, nothing faster ({words})", None
-    return (
-        "passed",
-        f"{winner}: {report.time(times[winner])}, was {report.time(now)} ({words})",
-        entries[winner]["config"],
-    )
+def verdict(record):
+    """(status, message, proposed configuration or None) of a space."""
+    entries = {entry["label"]: entry for entry in record["candidates"]}
+    statuses = [entry["status"] for entry in entries.values()]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in STATUSES if status in statuses)
+    current = entries.get(CURRENT, {"status": "skipped", "reason": "it was not reached"})
+    if current["status"] != "ok":
+        return "failed", f"current configuration: {current['status']}, {current['reason']} ({counts})", None
+    times = dict(record["final"]) or {name: e["median_s"] for name, e in entries.items() if e["status"] == "ok"}
+    now, winner = times.get(CURRENT, current["median_s"]), min(times, key=times.get)
+    if winner == CURRENT or times[winner] > BETTER * now:
+        return "passed", f"{report.time(now)} {CURRENT}, nothing faster ({counts})", None
+    message = f"{winner}: {report.time(times[winner])}, was {report.time(now)} ({counts})"
+    return "passed", message, entries[winner]["config"]
 
 
 def table(document, device):
     """Python text of what would be committed."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    lines = [f"# {document['device']}, compute capability {capability}, {document['date'][:10]}"]
+    lines = [f"# {document['device']}, compute capability {torch.cuda.get_device_capability(device)}"]
+    lines[0] += f", {document['date'][:10]}"
     for space in spaces.SPACES:
-        known = document["spaces"].get(space.name)
-        if known is None:
-            continue
-        _, words, config = verdict(known)
-        lines.append(f"# triton_kernels/{space.target.module}.py, {known['case']}: {words}")
-        if config:
-            lines.append(space.target.text(space.target.current() | config))
+        result = document["spaces"].get(space.name)
+        if result:
+            _, message, config = verdict(result)
+            lines.append(f"# triton_kernels/{space.target.module}.py, {result['case']}: {message}")
+            lines += [space.target.text(space.target.current() | config)] if config else []
     return "\n".join(lines)
 
 
-class Sweep:
-    """The parent's side: what is known, and where it is written."""
+class Run(record.Run):
+    """One run of `make gpu-tune`."""
+
+    prefix = "tune-"
 
     def __init__(self, options):
-        self.options, self.device = options, torch.device(options.device)
-        self.end = time.monotonic() + options.seconds
-        self.document = machine.facts(self.device) | {"spaces": {}, "table": "", "complete": False}
-        words = [self.document["device"], self.document["date"][:10], (self.document["commit"] or "unknown")[:12]]
-        self.path = options.results / f"tune-{'-'.join(map(plain, words))}.json"
-        self.spaces = [s for s in spaces.SPACES if s.name in options.spaces and tried(s, self.device)]
+        super().__init__(options, spaces={}, table="")
+        self.spaces = [s for s in spaces.SPACES if s.name in options.spaces and candidates(s, self.device)]
+        self.command = [sys.executable, "-m", "benchmarks.tune", "--device", self.device.type]
 
-    def left(self):
-        return self.end - time.monotonic()
-
-    def know(self, name, known):
-        self.document["spaces"][name] = known
-        self.save()
+    def markdown(self):
+        return f"```python\n{self.document['table']}\n```\n"
 
     def save(self):
         if self.device.type == "cuda":
             self.document["table"] = table(self.document, self.device)
-        report.write(self.path, self.document)
-        report.write_text(self.path.with_suffix(".md"), f"```python\n{self.document['table']}\n```\n")
+        super().save()
 
     def compile(self):
-        """Fill Triton's cache by all cores; what takes too long is compiled where it is timed."""
+        """Fill Triton's cache on all cores; what takes too long is compiled where it is timed."""
         count = max(1, (os.cpu_count() or 1) - 2)
-        command = [sys.executable, "-m", "benchmarks.tune", "--device", self.device.type, "--compile-slice"]
-        begin, processes = time.monotonic(), []
-        try:
-            processes += [guard.Process([*command, f"{first}/{count}"]) for first in range(count)]
-            for process in processes:
-                process.wait(begin + COMPILING * self.options.seconds - time.monotonic())
-        finally:
-            for process in processes:
-                process.kill()
+        commands = [[*self.command, "--compile-slice", f"{first}/{count}"] for first in range(count)]
+        begin = time.monotonic()
+        guard.run_together(commands, COMPILING * self.options.seconds)
         print(f"tune: compiled by {count} processes in {time.monotonic() - begin:.0f} s", flush=True)
 
-    def run(self, folder):
-        """Space after space; the next one's process gets ready while one runs."""
-        command = [sys.executable, "-m", "benchmarks.tune", "--device", self.device.type, "--child"]
+    def sweep(self):
+        """Space after space."""
+        if self.device.type == "cuda":
+            self.compile()
         environment = {} if self.device.type == "cuda" else {"TRITON_INTERPRET": "1"}
-        guards = []
-        for place, space in enumerate(self.spaces):
-            own = Path(folder, str(place))
-            own.mkdir()
-            record = functools.partial(self.know, space.name)
-            guards.append(guard.Guarded([*command, space.name], own, record, **environment))
-        try:
-            for place, (space, guarded) in enumerate(zip(self.spaces, guards)):
-                for waiting in guards[place : place + 2]:
-                    waiting.ready()
-                ended, _, output = guarded.run((self.left() - 1) / (len(guards) - place))
-                known = self.document["spaces"].get(space.name)
-                words = verdict(known)[1] if known else f"{ended}: {guard.last_words(1, output)}"
-                print(f"tune: {space.name}: {words}", flush=True)
-        finally:
-            for guarded in guards:
-                guarded.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            supervisors = [
+                guard.Supervisor(
+                    [*self.command, "--sweep", space.name],
+                    Path(folder, str(place)),
+                    functools.partial(self.know, "spaces", space.name),
+                    **environment,
+                )
+                for place, space in enumerate(self.spaces)
+            ]
+            work = functools.partial(self.supervise, supervisors)
+            guard.run_in_sequence(supervisors, [1] * len(supervisors), self.left, work)
 
+    def supervise(self, supervisors, place, limit):
+        """One space in its process."""
+        name = self.spaces[place].name
+        ended, _, output = supervisors[place].run(limit)
+        space = self.document["spaces"].get(name)
+        message = verdict(space)[1] if space else f"{ended}: {guard.exit_message(1, output)}"
+        print(f"tune: {name}: {message}", flush=True)
 
-def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.partition("\n")[0])
-    names = [space.name for space in spaces.SPACES]
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
-    parser.add_argument("--spaces", default=",".join(names), help="comma-separated; default: all")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write to")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything; default %(default)s")
-    for name in ("--child", "--compile-slice"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    guard.add_options(parser)
-    options = parser.parse_args(argv)
-    options.spaces = options.spaces.split(",")
-    unknown = [name for name in options.spaces if name not in names]
-    if unknown:
-        print(f"benchmarks.tune: no space {unknown[0]!r}; there is: {', '.join(names)}", file=sys.stderr)
-        return None
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.tune: PyTorch sees no GPU here; nothing was run", file=sys.stderr)
-        return None
-    return options
+    def conclude(self):
+        """Print the table and where the record is; returns the exit status."""
+        results = self.document["spaces"]
+        print(self.document["table"])
+        if self.device.type != "cuda":
+            print("tune: rehearsed in Triton's interpreter, whose times mean nothing: no table")
+        good = sum(space.name in results and verdict(results[space.name])[0] == "passed" for space in self.spaces)
+        print(f"tune: {good} of {len(self.spaces)} spaces, record: {self.path}")
+        if not self.document["complete"]:
+            return 130
+        return 0 if good == len(self.spaces) else 1
 
 
 def main(argv=None):
-    options = parse(argv)
-    if options is None:
-        return 2
-    if options.child or options.compile_slice:
+    parser = record.parser("tune", __doc__, TOTAL_SECONDS)
+    for name in ("--sweep", "--compile-slice"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    guard.add_options(parser)
+    options = record.parse(parser, argv, spaces=[space.name for space in spaces.SPACES])
+    if options.sweep or options.compile_slice:
         try:
-            (child if options.child else compile_slice)(options)
+            (sweep if options.sweep else compile_slice)(options)
         except harness.ContextLost as error:
             print(f"tune: the CUDA context is lost: {error}", file=sys.stderr, flush=True)
             os._exit(CONTEXT_LOST)
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    guard.Process.stopped.clear()
-    options.results.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(options)
-    sweep.save()
-    try:
-        if sweep.device.type == "cuda":
-            sweep.compile()
-        with tempfile.TemporaryDirectory() as folder:
-            sweep.run(folder)
-        sweep.document["complete"] = True
-    except KeyboardInterrupt:
-        guard.Process.stop_all()
-        print("tune: interrupted", file=sys.stderr)
-    sweep.save()
-    return conclude(sweep)
-
-
-def conclude(sweep):
-    """Print the table and where the record is; the exit status."""
-    known = sweep.document["spaces"]
-    print(sweep.document["table"])
-    if sweep.device.type != "cuda":
-        print("tune: rehearsed in Triton's interpreter, whose times mean nothing: no table")
-    good = sum(space.name in known and verdict(known[space.name])[0] == "passed" for space in sweep.spaces)
-    print(f"tune: {good} of {len(sweep.spaces)} spaces, record: {sweep.path}")
-    if not sweep.document["complete"]:
-        return 130
-    return 0 if good == len(sweep.spaces) else 1
+    run = Run(options)
+    run.execute(run.sweep)
+    return run.conclude()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// pruneops._C: what this library was built with. Importing it registers the CPU kernels
-// and defines the operators of pruneops_native that the CUDA library implements.
+// pruneops._C: importing it defines the operators of pruneops_native, for both native libraries, and registers the CPU
+// kernels. The module itself holds build information.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>

@@ -1,7 +1,7 @@
-"""Which implementation of an operator runs, and why another cannot.
+"""Choice of the backend that runs an operator, and why a backend cannot run.
 
 An operator registers one function per backend, all of the same signature. `auto` takes the
-first that can run on the given tensors; `with pruneops.backend("triton"):` forces one.
+first that can run on the given tensors; ``with pruneops.backend("triton"):`` forces one.
 """
 
 import contextlib
@@ -11,45 +11,60 @@ import importlib
 import json
 import os
 import warnings
+from collections.abc import Collection, Generator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
-# Where Triton comes first on CUDA: shapes for which a recorded run shows it faster, time of the host included, or for
-# which CUDA C++ is not made. The operators' files say what their shape classes are. All other pairs in
-# benchmarks/results/nvidia-h100-2026-11-27/ are faster in CUDA C++; what is in no record runs there too, for a launch
-# of Triton costs its host more.
+# (operator, shape class) for which Triton is preferred on CUDA: a recorded run shows it faster, host time included, or
+# CUDA C++ is not made for these shapes. The operators' files define their shape classes. All other pairs in
+# benchmarks/results/nvidia-h100-2026-11-27/ are faster in CUDA C++. Shapes without a record run there too, because a
+# Triton launch costs more host time.
 TRITON_FIRST = {
     # kcenter.json, N 2880, D 4096: 5.9 ms, CUDA C++ 7.1
     ("kcenter", "float32, one product"),
-    # not by record, CUDA C++ has none here: its tiles of 16 rows each read the keys, 2.4 GB at S 3072, H 32
+    # no record: every CUDA C++ tile of 16 rows would read all keys, 2.4 GB at S 3072, H 32
     ("attention_mass", "many rows"),
     ("attention_received", "many rows"),
 }
 
-_forced = contextvars.ContextVar("pruneops_backend", default="auto")
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("pruneops_backend", default="auto")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run here; the message says why."""
+    """The requested backend cannot run here; the message says why."""
 
 
 @contextlib.contextmanager
-def backend(name):
+def backend(name: BackendName) -> Generator[None, None, None]:
     """Force one backend for every pruneops operator called inside the block.
 
     Parameters
     ----------
     name : {"auto", "reference", "cpu", "triton", "cuda"}
+        "auto" restores the automatic choice.
 
     Raises
     ------
     ValueError
         If `name` is no backend.
     BackendUnavailable
-        When an operator is called on tensors the backend cannot serve; the message says why.
+        When an operator is called on tensors that the backend cannot run on; the message says why.
+
+    Notes
+    -----
+    A context manager for this thread or task. Blocks can be nested; the innermost counts.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> with pruneops.backend("reference"):
+    ...     pruneops.kcenter(torch.eye(3), 2).indices
+    tensor([0, 1])
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"pruneops.backend: name must be one of {('auto', *BACKENDS)}, got {name!r}")
@@ -60,17 +75,28 @@ def backend(name):
         _forced.reset(token)
 
 
-def choose(device_type, operator="this", implementations=BACKENDS, shape_class=None):
-    """Name of the backend that serves an operator on a device, honouring `backend(...)`.
+def choose(
+    device_type: str,
+    operator: str = "this",
+    implementations: Collection[str] = BACKENDS,
+    shape_class: str | None = None,
+) -> str:
+    """Name of the backend that runs an operator on a device, honouring `backend`.
 
     Parameters
     ----------
     device_type : str
+        As ``torch.device.type``.
     operator : str
     implementations : collection of str
-        Backends that the operator has; all by default.
+        Backends that implement the operator; all by default.
     shape_class : str, optional
-        What `TRITON_FIRST` calls the shapes at hand.
+        Of the arguments, as in `TRITON_FIRST`.
+
+    Raises
+    ------
+    BackendUnavailable
+        If the forced backend cannot run here.
     """
     name = _forced.get()
     if name != "auto":
@@ -91,7 +117,7 @@ def choose(device_type, operator="this", implementations=BACKENDS, shape_class=N
 
 
 @functools.cache
-def _warn_reference(device_type, reasons):
+def _warn_reference(device_type: str, reasons: str) -> None:
     if not reasons:
         return
     warnings.warn(
@@ -101,8 +127,8 @@ def _warn_reference(device_type, reasons):
     )
 
 
-def why_not(name, device_type):
-    """None if backend `name` can serve tensors on `device_type`, else the reason in words."""
+def why_not(name: str, device_type: str) -> str | None:
+    """None if backend `name` can run on tensors of `device_type`, else the reason as a text."""
     if name == "reference":
         return None
     if name == "cpu":
@@ -118,14 +144,14 @@ def why_not(name, device_type):
     return cuda_problem()
 
 
-def interpreting():
+def interpreting() -> bool:
     """Whether Triton kernels run in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
 @functools.cache
-def build_record():
-    """What the build wrote down about itself: {"cpu": {...}, "cuda": {...}}."""
+def build_record() -> dict[str, Any]:
+    """The record of the build: ``{"cpu": {...}, "cuda": {...}, "archs": [...]}``; empty without a build step."""
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -136,8 +162,8 @@ def _not_built(part):
 
 
 @functools.cache
-def native_problem():
-    """None if the C++ kernels are loaded, else why not."""
+def native_problem() -> str | None:
+    """None if the C++ kernels are loaded, else the reason."""
     if not list(Path(__file__).parent.glob("_C.*")):
         return _not_built("cpu")
     try:
@@ -148,8 +174,8 @@ def native_problem():
 
 
 @functools.cache
-def triton_problem():
-    """None if Triton imports, else why not."""
+def triton_problem() -> str | None:
+    """None if Triton imports, else the reason."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -158,8 +184,8 @@ def triton_problem():
 
 
 @functools.cache
-def cuda_problem():
-    """None if the CUDA kernels are loaded, else why not."""
+def cuda_problem() -> str | None:
+    """None if the CUDA kernels are loaded, else the reason."""
     problem = native_problem()  # _C defines the operators that the CUDA library implements
     if problem:
         return problem if problem.startswith("not built") else _unusable("C++", problem)
@@ -172,24 +198,28 @@ def cuda_problem():
         return "built, but PyTorch sees no GPU"
     try:
         torch.ops.load_library(str(library))
-    except OSError as error:  # torch names the file, the loader what is wrong
+    except OSError as error:  # the message of torch names the file, that of the loader the cause
         return _unusable("CUDA", f"built, but it does not load: {error.__cause__ or error}")
     return _no_kernel_image(build_record().get("archs", []))
 
 
 def _no_kernel_image(archs):
-    """None if the library holds code for every card that PyTorch sees, else what to do. Code for sm_80 runs on sm_86
-    and sm_89, not the other way round, and on no other first digit."""
+    """None if the library has code for every GPU that PyTorch sees, else how to build it.
+
+    Code for sm_XY runs on sm_XZ with Z >= Y.
+    """
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         if archs and not any(int(arch) // 10 == major and int(arch) % 10 <= minor for arch in archs):
             built = ", ".join(f"sm_{arch}" for arch in archs)
-            words = f"built for {built}, not for the sm_{major}{minor} of {torch.cuda.get_device_name(index)}: install"
-            return _unusable("CUDA", f'{words} again with PRUNEOPS_CUDA_ARCHS="{";".join(archs)};{major}{minor}"')
+            lacking = f"built for {built}, not for the sm_{major}{minor} of {torch.cuda.get_device_name(index)}"
+            setting = f'PRUNEOPS_CUDA_ARCHS="{";".join(archs)};{major}{minor}"'
+            return _unusable("CUDA", f"{lacking}: install again with {setting}")
     return None
 
 
-def _unusable(kind, problem):
-    """The problem, said aloud once: what was built is expected to run, else Triton would take its place in silence."""
+def _unusable(kind: str, problem: str) -> str:
+    """The problem, after a warning: kernels that were built are expected to run, and others would replace them
+    silently."""
     warnings.warn(f"pruneops: {kind} kernels {problem}. Slower ones take their place.", stacklevel=4)
     return problem

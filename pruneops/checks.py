@@ -1,13 +1,17 @@
-"""Checks of arguments, for operators, methods and adapters: errors that name the argument and the fix."""
+"""Argument checks for operators, methods and adapters. Every error names the operator, the argument, what was expected
+and what was given."""
 
 import itertools
 import os
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INT = (int, torch.SymInt)
-OPTIONAL_TENSOR = (torch.Tensor, type(None))
+OPTIONAL_TENSOR = (Tensor, type(None))
 
 
 class ArgumentValueError(ValueError, RuntimeError):
@@ -18,26 +22,29 @@ class ArgumentTypeError(TypeError, RuntimeError):
     """An argument of the wrong type: TypeError from `pruneops.<op>`, RuntimeError through `torch.ops`."""
 
 
-def has_values(tensor):
+def has_values(tensor: Tensor) -> bool:
     """Whether the values of a tensor may be read for a check: CPU always, CUDA under PRUNEOPS_DEBUG=1."""
     if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta:
         return False
     return tensor.device.type == "cpu" or checking_values()
 
 
-def checking_values():
+def checking_values() -> bool:
     """Whether index values are checked on CUDA too, at the price of a host synchronisation."""
     return os.environ.get("PRUNEOPS_DEBUG", "0") == "1"
 
 
-def check(condition, op, argument, was, expected, error=ArgumentValueError):
-    """Raise `error` naming operator, argument, what it was and what was expected."""
+def check(
+    condition: object, op: str, argument: str, got: object, expected: str, error: type[Exception] = ArgumentValueError
+) -> None:
+    """Raise `error` with the message "pruneops.<op>: <argument> must be <expected>, got <got>" if the condition is
+    false."""
     if not condition:
-        raise error(f"pruneops.{op}: {argument} must be {expected}, got {was}")
+        raise error(f"pruneops.{op}: {argument} must be {expected}, got {got}")
 
 
-def check_types(op, **arguments):
-    """Refuse what torch's schema matching would refuse, in this package's words.
+def check_types(op: str, **arguments: tuple[Any, Any]) -> None:
+    """Raise ArgumentTypeError for arguments that torch's schema matching would refuse, with this package's message.
 
     Each argument is a pair (value, type or tuple of types).
     """
@@ -47,11 +54,18 @@ def check_types(op, **arguments):
             check(False, op, argument, type(value).__name__, names, ArgumentTypeError)
 
 
-# These two look at every call's arguments; words cost more than looking, so they are found when something is wrong.
+def check_tensor_list(op: str, argument: str, tensors: Any) -> None:
+    """A list or tuple of tensors."""
+    check_types(op, **{argument: (tensors, (list, tuple))})
+    for i, tensor in enumerate(tensors):
+        check_types(op, **{f"{argument}[{i}]": (tensor, Tensor)})
 
 
-def check_float_tensor(op, argument, tensor, ranks, last="feature"):
-    """A tensor of scores or features: rank, dtype, and something in its last dimension."""
+# The next two run in every call. A message costs more than the check, so it is formatted only after a failure.
+
+
+def check_float_tensor(op: str, argument: str, tensor: Tensor, ranks: Sequence[int], last: str = "feature") -> None:
+    """A tensor of scores or features: rank, dtype, and a last dimension that is not empty."""
     if tensor.dim() not in ranks:
         check(False, op, argument, f"of shape {list(tensor.shape)}", f"of rank {' or '.join(map(str, ranks))}")
     if tensor.dtype not in DTYPES:
@@ -61,9 +75,19 @@ def check_float_tensor(op, argument, tensor, ranks, last="feature"):
         check(False, op, argument, f"of shape {list(tensor.shape)}", f"at least one {last} wide")
 
 
-def check_tensor(op, argument, tensor, main, dtypes, shape, free="P"):
-    """A tensor beside the main one, `main` = (name, tensor); `shape` holds None where any size is allowed, whose names
-    are those in `free`."""
+def check_tensor(
+    op: str,
+    argument: str,
+    tensor: Tensor,
+    main: tuple[str, Tensor],
+    dtypes: Collection[torch.dtype],
+    shape: tuple[int | None, ...],
+    free: str = "P",
+) -> None:
+    """Dtype and shape of a tensor, and that it is on the device of the main one, `main` = (name, tensor).
+
+    `shape` holds None where any size is allowed; `free` names these sizes in the message.
+    """
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         check(False, op, argument, tensor.dtype, names, ArgumentTypeError)
@@ -78,16 +102,34 @@ def check_tensor(op, argument, tensor, main, dtypes, shape, free="P"):
         check(False, op, argument, f"of shape {list(tensor.shape)}", f"of shape [{wanted}]")
 
 
-def check_cu_seqlens(op, bounds, total):
-    """cu_seqlens as a list: rises from 0 to the number of tokens."""
+def check_same_device(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
+    """All tensors of a list are on one device."""
+    for i, tensor in enumerate(tensors):
+        there = f"the device of {argument}[0], {tensors[0].device}"
+        check(tensor.device == tensors[0].device, op, f"{argument}[{i}]", f"on {tensor.device}", f"on {there}")
+
+
+def check_no_overlap(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
+    """No tensor of a list is passed twice, and none is expanded."""
+    seen: dict[int, int] = {}
+    for i, tensor in enumerate(tensors):
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+        check(not expanded, op, f"{argument}[{i}]", "expanded", "memory of its own for every element")
+        if tensor.numel() and not isinstance(tensor, torch._subclasses.FakeTensor) and not tensor.is_meta:
+            other = seen.setdefault(tensor.data_ptr(), i)
+            check(other == i, op, f"{argument}[{i}]", f"the same memory as {argument}[{other}]", "passed once")
+
+
+def check_cu_seqlens(op: str, bounds: Sequence[int], total: int) -> None:
+    """The values of cu_seqlens rise from 0 to the number of tokens."""
     check(bounds[0] == 0, op, "cu_seqlens[0]", bounds[0], "0")
     check(bounds[-1] == total, op, "cu_seqlens[-1]", bounds[-1], f"the {total} tokens of x")
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         check(start <= end, op, "cu_seqlens", f"falling from {start} to {end} at {i}", "non-decreasing")
 
 
-def check_indices(op, argument, indices, start, end):
-    """All values in [start, end)."""
+def check_indices(op: str, argument: str, indices: Tensor, start: int, end: int) -> None:
+    """All values lie in [start, end)."""
     if indices.numel():
         low, high = (int(extreme) for extreme in indices.aminmax())
         outside = low if low < start else high

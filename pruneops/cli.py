@@ -10,33 +10,46 @@ import platform
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
 from . import __version__, backends, ops
 from .backends import AUTO, BACKENDS, TRITON_FIRST, BackendUnavailable
 from .demo import DemoError
-from .methods._base import METHODS
+from .methods.base import METHODS
 
 
-def main(argv=None):
-    """Run one command; its exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments of the command line; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
     arguments = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: _complain(message, 0)
+            warnings.showwarning = _show_warning
             return arguments.command(arguments)
     except (DemoError, BackendUnavailable) as error:
-        return _complain(f"error: {error}", 2)
+        return _print_error(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output went away
+        return _print_error("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def info():
-    """What is built, what can run here and why the rest cannot, fit for JSON."""
+def info() -> dict[str, Any]:
+    """What is built, what can run here and why the rest cannot, as a JSON-serialisable dictionary."""
     record = backends.build_record()
     native = backends.native_problem()
     capability = None
@@ -59,7 +72,7 @@ def info():
         },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "operators": {name: list(has) for name, has in sorted(ops.OPERATORS.items())},
-        "backends": {device: _serving(device) for device in AUTO},
+        "backends": {device: _backends_of(device) for device in AUTO},
         "triton_first": sorted(map(list, TRITON_FIRST)),
     }
 
@@ -100,8 +113,8 @@ def _gpu(index):
     }
 
 
-def _serving(device):
-    """Which backends can serve tensors on a device, which `auto` takes, why the others cannot."""
+def _backends_of(device):
+    """Which backend `auto` takes on a device, and for each backend None or why it cannot run there."""
     problems = {name: backends.why_not(name, device) for name in BACKENDS}
     if device == "cuda" and not torch.cuda.is_available():
         absent = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch sees no GPU"
@@ -128,17 +141,17 @@ def _describe(record):
         "",
         f"{'every operator on':<20}" + "".join(f"{name:<11}" for name in BACKENDS),
     ]
-    for device, serving in record["backends"].items():
-        problems = serving["problems"]
-        words = ["no" if problems[name] else "auto" if name == serving["auto"] else "yes" for name in BACKENDS]
-        lines.append(f"  {device.upper() + ' tensors':<18}" + "".join(f"{word:<11}" for word in words))
+    for device, entry in record["backends"].items():
+        problems = entry["problems"]
+        cells = ["no" if problems[name] else "auto" if name == entry["auto"] else "yes" for name in BACKENDS]
+        lines.append(f"  {device.upper() + ' tensors':<18}" + "".join(f"{cell:<11}" for cell in cells))
         lines += [f"    {name}: {_sentence(problem)}" for name, problem in problems.items() if problem]
     for name in BACKENDS:
         lacking = ", ".join(operator for operator, has in record["operators"].items() if name not in has)
         lines += ["", *textwrap.wrap(f"without {name}: {lacking}", 110)] if lacking else []
-    lines += ["", "auto: taken unless `with pruneops.backend(...)` asks for another."]
-    first = ", ".join(f"{operator} ({words})" for operator, words in record["triton_first"])
-    lines += textwrap.wrap(f"On CUDA, where both can run, Triton comes first for {first}.", 110)
+    lines += ["", "auto: used unless `with pruneops.backend(...)` forces another."]
+    first = ", ".join(f"{operator} ({shapes})" for operator, shapes in record["triton_first"])
+    lines += textwrap.wrap(f"On CUDA, where both can run, Triton is preferred for {first}.", 110)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -147,9 +160,9 @@ def _sentence(reason):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Errors are one line, without the usage."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -164,7 +177,7 @@ def _parser():
 
     command = commands.add_parser(
         "demo",
-        help="ask a small LLaVA about a picture, unpruned and pruned, and draw what was kept",
+        help="ask a small LLaVA about a picture, unpruned and pruned, and draw the kept tokens",
         description="Ask the small LLaVA that comes along about a picture, with all 256 visual tokens and pruned; "
         "compare answers, tokens, KV cache and times, and draw which tokens were kept.",
     )
@@ -176,7 +189,7 @@ def _parser():
     add("--keep", type=_keep, metavar="K", help="share of the tokens, like 0.1 (default), or their number, like 26")
     add("--out", default="pruneops-demo.png", metavar="PATH", help="picture, or its directory (default: %(default)s)")
     add("--save", metavar="PATH", help="write answers and measurements as JSON")
-    add("--json", action="store_true", help="print them as JSON, not as tables")
+    add("--json", action="store_true", help="print JSON, not tables")
     add(
         "--seed", type=_seed, default=0, help="of the scene, the choice of questions and the method random (default: 0)"
     )
@@ -208,7 +221,12 @@ def _seed(text):
     return int(text)
 
 
-def _complain(message, status):
+def _show_warning(message, *_, **__):
+    _print_error(message, 0)
+
+
+def _print_error(message, status):
+    """One line on stderr; returns the exit status."""
     text = str(message).removeprefix("pruneops: ")
     print(f"pruneops: {text}", file=sys.stderr)
     return status

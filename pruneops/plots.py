@@ -1,6 +1,7 @@
 """Pictures, drawn by matplotlib without a display."""
 
 import io
+from typing import Any
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -10,14 +11,14 @@ from PIL import Image
 BACKGROUND, INK, FAINT, LINE = "#15181d", "#e8eaed", "#9aa3ad", "#3a4048"
 ACCENT, RIGHT, WRONG = "#4cc9f0", "#2ddc8f", "#ff5c72"
 WIDTH, HEIGHT, DPI = 12.0, 5.75, 100  # inches, inches, pixels per inch
-MARGIN, GAP, SQUARE, TOP = 0.15, 0.22, 3.72, 0.42  # inches; side of a picture, what is above it
+MARGIN, GAP, SQUARE, TOP = 0.15, 0.22, 3.72, 0.42  # inches; SQUARE: side of a picture, TOP: space above it
 MARKS = {True: (RIGHT, "\N{CHECK MARK}"), False: (WRONG, "\N{BALLOT X}"), None: (INK, "")}
-DIM = 0.38  # brightness of what was removed
-TOKEN = 32  # pixels of a token's side, enlarged
+DIM = 0.38  # brightness of removed tokens
+TOKEN = 32  # side of a token in the enlarged picture, pixels
 
 
-def answers(pixels, record, form="png"):
-    """The demo's picture: what the model sees, which tokens are kept, how many each layer holds, both answers.
+def answers(pixels: np.ndarray, record: dict[str, Any], form: str = "png") -> bytes:
+    """The demo's picture: the model's input, the kept tokens, tokens of each layer, both answers.
 
     Parameters
     ----------
@@ -25,7 +26,7 @@ def answers(pixels, record, form="png"):
     record : dict
         As `pruneops.demo.run.run` returns it.
     form : str
-        File format by its extension.
+        File format, as an extension without the dot.
 
     Returns
     -------
@@ -48,7 +49,9 @@ def answers(pixels, record, form="png"):
     where = f", from layer {kept['from_layer']} on" if kept["from_layer"] else " tokens"
     title = f"kept: {len(kept['tokens'])} of {tokens}{where} ({method})"
     axes = _picture(figure, 1, title, np.where(bright, light, grey))
-    axes.add_collection(LineCollection(_outline(inside), colors=ACCENT, lw=1.2, capstyle="projecting", clip_on=False))
+    axes.add_collection(
+        LineCollection(list(_outline(inside)), colors=ACCENT, lw=1.2, capstyle="projecting", clip_on=False)
+    )
     _layers(figure, record["questions"], tokens)
     _answers(figure, record)
     _cache(figure, record)
@@ -60,10 +63,10 @@ def _axes(figure, left, top, width, height):
     return figure.add_axes((left / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT))
 
 
-def _say(figure, left, top, words, **style):
-    """Words whose middle is so many inches below the top."""
+def _text(figure, left, top, text, **style):
+    """Text, vertically centred `top` inches below the top."""
     style = {"color": INK, "fontsize": 11, "va": "center"} | style
-    figure.text(left / WIDTH, 1 - top / HEIGHT, words, **style)
+    figure.text(left / WIDTH, 1 - top / HEIGHT, text, **style)
 
 
 def _left(column):
@@ -74,12 +77,12 @@ def _picture(figure, column, title, image):
     axes = _axes(figure, _left(column), TOP, SQUARE, SQUARE)
     axes.imshow(image, interpolation="antialiased")
     axes.set_axis_off()
-    _say(figure, _left(column), TOP / 2, title, fontsize=12.5)
+    _text(figure, _left(column), TOP / 2, title, fontsize=12.5)
     return axes
 
 
 def _outline(inside):
-    """Lines [.., 2, 2] between tokens that are inside and those that are not, in pixels of the picture."""
+    """Line segments [.., 2, 2] between kept and removed tokens, in pixels of the picture."""
     padded = np.pad(inside, 1)
     across = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # (line, column)
     down = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])  # (row, line)
@@ -98,15 +101,15 @@ def _layers(figure, questions, tokens):
     axes.barh(places, pruned, 0.66, color=ACCENT)
     for place, count in zip(places, pruned):
         beyond = count < 0.85 * tokens
-        words = f"{count:.0f}" if count == round(count) else f"{count:.1f}"
+        label = f"{count:.0f}" if count == round(count) else f"{count:.1f}"
         x, side = (count + 0.02 * tokens, "left") if beyond else (count - 0.02 * tokens, "right")
-        axes.text(x, place, words, color=INK if beyond else BACKGROUND, fontsize=11, va="center", ha=side)
+        axes.text(x, place, label, color=INK if beyond else BACKGROUND, fontsize=11, va="center", ha=side)
     axes.set(xlim=(0, 1.005 * tokens), ylim=(len(pruned) - 0.5, -0.5), facecolor="none", xticks=[], yticks=places)
     axes.tick_params(colors=FAINT, labelsize=11, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _say(figure, _left(2), TOP / 2, "visual tokens in each decoder layer", fontsize=12.5)
-    _say(figure, left, TOP + 0.1, f"outline: unpruned    filled: pruned{note}", fontsize=10.5, color=FAINT)
+    _text(figure, _left(2), TOP / 2, "visual tokens in each decoder layer", fontsize=12.5)
+    _text(figure, left, TOP + 0.1, f"outline: unpruned    filled: pruned{note}", fontsize=10.5, color=FAINT)
 
 
 def _answers(figure, record):
@@ -115,26 +118,29 @@ def _answers(figure, record):
     top, step = TOP + SQUARE + 0.2, 0.225
     heads = "question", "truth", "unpruned", "pruned"
     for x, head in zip(columns, heads):
-        _say(figure, x, top, head, color=FAINT, fontsize=10.5)
+        _text(figure, x, top, head, color=FAINT, fontsize=10.5)
     for i, asked in enumerate(record["questions"], 1):
-        cells = [(_short(asked["question"], 42), INK), (asked["truth"] or "unknown", FAINT)]
+        cells = [(_shortened(asked["question"], 42), INK), (asked["truth"] or "unknown", FAINT)]
         for way in ("unpruned", "pruned"):
             colour, mark = MARKS[asked[way]["right"]]
-            cells.append((f"{_short(asked[way]['answer'] or '(nothing)', 18)} {mark}", colour))
-        for x, (words, colour) in zip(columns, cells):
-            _say(figure, x, top + i * step, words, color=colour)
+            cells.append((f"{_shortened(asked[way]['answer'] or '(nothing)', 18)} {mark}", colour))
+        for x, (text, colour) in zip(columns, cells):
+            _text(figure, x, top + i * step, text, color=colour)
 
 
-def _short(words, most):
-    return words if len(words) <= most else words[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+def _shortened(text, limit):
+    return text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _cache(figure, record):
-    """KV cache and, where truth is known, right answers, below the bars."""
+    """KV cache and, if the truth is known, right answers, below the bars."""
     questions, kept = record["questions"], record["kept"]
-    whole, small = (np.mean([asked[way]["kv_bytes"] for asked in questions]) for way in ("unpruned", "pruned"))
+    unpruned, pruned = (np.mean([asked[way]["kv_bytes"] for asked in questions]) for way in ("unpruned", "pruned"))
     lines = [
-        (f"{whole / small:.1f}x", f"smaller KV cache: {whole / 1024:.0f} \N{RIGHTWARDS ARROW} {small / 1024:.0f} KiB")
+        (
+            f"{unpruned / pruned:.1f}x",
+            f"smaller KV cache: {unpruned / 1024:.0f} \N{RIGHTWARDS ARROW} {pruned / 1024:.0f} KiB",
+        )
     ]
     known = [asked for asked in questions if asked["truth"] is not None]
     if known:
@@ -142,14 +148,14 @@ def _cache(figure, record):
         lines.append((f"{right[1]} of {len(known)}", f"answers right; unpruned: {right[0]}"))
     if kept["questions"] < len(questions):
         lines.append(("", "tokens shown: those kept for the first question"))
-    for i, (number, words) in enumerate(lines):
+    for i, (number, label) in enumerate(lines):
         top = TOP + SQUARE + 0.32 + 0.42 * i
-        _say(figure, _left(2), top, number, fontsize=16, color=ACCENT)
-        _say(figure, _left(2) + (0.95 if number else 0), top, words, fontsize=11, color=FAINT)
+        _text(figure, _left(2), top, number, fontsize=16, color=ACCENT)
+        _text(figure, _left(2) + (0.95 if number else 0), top, label, fontsize=11, color=FAINT)
 
 
 def _file(figure, form):
-    """The picture's bytes; a PNG loses its two lowest bits, which nobody sees, and half its size."""
+    """The file; a PNG drops the two lowest bits of each colour, invisibly, which halves its size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form)
     if form != "png":

@@ -1,7 +1,7 @@
-"""A card that loads every kernel and runs none, so that launchers can be tried and timed whole without a GPU.
+"""A Triton driver that loads kernels and runs none, to test and time launchers without a GPU.
 
-Import it in a process of its own, outside of Triton's interpreter. Compilation, Triton's driver and its launchers are
-the real ones, over a libcuda that only counts (stub_libcuda.c); tensors lie on the CPU.
+Import it in a separate process, outside of Triton's interpreter. Compilation, Triton's driver and its launchers are the
+real ones, over a stub libcuda that only counts launches (stub_libcuda.c). Tensors are on the CPU.
 """
 
 import ctypes
@@ -26,39 +26,38 @@ from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 
-class Card(CudaDriver):
+class CompileOnlyDriver(CudaDriver):
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
 
-_card = Card()
-_card.get_current_device = lambda: 0
-_card.get_current_stream = lambda device: 0
-_card.get_device_capability = lambda device=0: (9, 0)
-driver.set_active(_card)
+_driver = CompileOnlyDriver()
+_driver.get_current_device = lambda: 0
+_driver.get_current_stream = lambda device: 0
+_driver.get_device_capability = lambda device=0: (9, 0)
+driver.set_active(_driver)
 
-launches = []  # kernel and form of every launch
-compilations = []  # kernel and form of every compilation
+launches, compilations = [], []  # (kernel name, spec) of each
 _compile, _call = _launch.Kernel.compile, _launch.Kernel.__call__
 
 
-def _counted_compile(kernel, form, target=None):
-    compilations.append((kernel.__name__, form))
-    return _compile(kernel, form, target)
+def _recorded_compile(kernel, spec, target=None):
+    compilations.append((kernel.__name__, spec))
+    return _compile(kernel, spec, target)
 
 
-def _counted_call(kernel, form, grid, *args):
-    before = launched()
-    _call(kernel, form, grid, *args)
-    assert launched() == before + 1, f"{kernel.__name__} with grid {grid} did not reach the card"
-    launches.append((kernel.__name__, form))
+def _recorded_call(kernel, spec, grid, *args):
+    before = launch_count()
+    _call(kernel, spec, grid, *args)
+    assert launch_count() == before + 1, f"{kernel.__name__} with grid {grid} did not reach the driver"
+    launches.append((kernel.__name__, spec))
 
 
-def launched():
-    """How many kernels the card was told to run."""
+def launch_count():
+    """Number of kernel launches so far."""
     return ctypes.c_long.in_dll(_stub, "stub_launches").value
 
 
-def count():
-    """From now on launches and compilations are written down; it costs the host a few us a launch."""
-    _launch.Kernel.compile, _launch.Kernel.__call__ = _counted_compile, _counted_call
+def record():
+    """Record launches and compilations from now on. Costs the host a few us a launch."""
+    _launch.Kernel.compile, _launch.Kernel.__call__ = _recorded_compile, _recorded_call

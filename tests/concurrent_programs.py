@@ -1,8 +1,8 @@
-"""Runs all programs of a Triton launch at once in its interpreter, each in a process of its own, on shared memory.
+"""Runs all programs of a Triton launch concurrently in the interpreter, one process a program, on shared memory.
 
-Kernels whose programs wait for each other need that: the interpreter alone runs one after another. A wait that
-is missing or never ends shows; a missing fence may not, for the order of memory is this processor's.
-Use it in a process of its own, it forks.
+For kernels whose programs wait for each other; the interpreter alone runs one program after another. Detects missing
+waits and deadlocks. May not detect a missing fence: memory ordering is that of the CPU. It forks, so use it in a
+separate process.
 """
 
 import functools
@@ -13,22 +13,22 @@ import signal
 import time
 
 import torch
-import triton.language as tl  # noqa: F401, the interpreter looks for it beside the function that it runs
+import triton.language as tl  # noqa: F401, the interpreter looks it up in this module
 from triton.runtime import interpreter
 
 
-def _dawdle(chance):
-    """Stop now and then around atomic operations, so that programs which should have waited are caught."""
+def _delay_atomics(generator):
+    """Sleep at random around atomic operations, so that a missing wait shows."""
     builder = interpreter.interpreter_builder
     atomic = builder.create_atomic_rmw
 
-    def slow(*args):
-        time.sleep(chance.choice((0, 0, 0, 0.02)))
+    def delayed(*args):
+        time.sleep(generator.choice((0, 0, 0, 0.02)))
         result = atomic(*args)
-        time.sleep(chance.choice((0, 0, 0, 0.02)))
+        time.sleep(generator.choice((0, 0, 0, 0.02)))
         return result
 
-    builder.create_atomic_rmw = slow
+    builder.create_atomic_rmw = delayed
 
 
 class ConcurrentPrograms:
@@ -56,17 +56,17 @@ class ConcurrentPrograms:
         if child:
             return child
         try:
-            _dawdle(random.Random(program))
-            whole = self.kernel.rewrite()
+            _delay_atomics(random.Random(program))
+            function = self.kernel.rewrite()
 
-            @functools.wraps(whole)
-            def only(*args, **kwargs):
+            @functools.wraps(function)
+            def one_program(*args, **kwargs):
                 if interpreter.interpreter_builder.grid_idx[0] == program:
-                    whole(*args, **kwargs)
+                    function(*args, **kwargs)
 
-            only.__signature__ = inspect.signature(whole)
-            self.kernel.rewritten_fn[self.kernel.fn] = only
-            interpreter.GridExecutor._restore_args_dev = lambda *_: None  # would copy shared memory onto itself
+            one_program.__signature__ = inspect.signature(function)
+            self.kernel.rewritten_fn[self.kernel.fn] = one_program
+            interpreter.GridExecutor._restore_args_dev = lambda *_: None  # it would copy shared memory onto itself
             self.kernel[grid](*args, **options)
             os._exit(0)
         except BaseException as error:
@@ -78,7 +78,7 @@ class ConcurrentPrograms:
         for program, child in enumerate(children):
             while not (done := os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"program {program} did not end: the programs wait for each other")
+                    raise TimeoutError(f"program {program} did not end: deadlock")
                 time.sleep(0.01)
             if done.si_status:
                 raise RuntimeError(f"program {program} failed")

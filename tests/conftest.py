@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 # Triton reads this when it is first imported. Tests that compile start a process without it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-# Workers that share the cores with OpenMP teams of their own wait for each other most of the time.
+# Workers with OpenMP threads on the same cores would wait for each other most of the time.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 settings.register_profile(
@@ -26,9 +26,9 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    # NumPy reports the infinities and NaN that the kernels mean.
+    # NumPy reports infinities and NaN, which kernels compute on purpose.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-    # Triton 3.6 converts arrays to scalars in a way that its NumPy announces to end.
+    # Triton 3.6 converts arrays to scalars in a way that NumPy deprecates.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:triton.runtime.interpreter")
 
 

@@ -1,7 +1,7 @@
-"""What every operator owes its caller on a GPU, in checks that know no operator.
+"""Operator-independent checks on a GPU: CUDA graphs, synchronisation, streams, other devices.
 
-A check takes a target, `run`, which calls the operator in all its forms and returns tensors, and
-`inputs`, which makes the CUDA tensors that `run` takes from a seed: new values, the same shapes.
+A check takes a target; `run`, which calls the operator in all its variants and returns tensors; and `inputs`, which
+makes the CUDA arguments of `run` from a seed. All seeds give the same shapes.
 """
 
 import pytest
@@ -12,48 +12,48 @@ from tests.contract import assert_same_bits, to_device
 
 
 def graph(target, run, inputs):
-    """Captured once, replayed on other values."""
-    held = inputs(0)
+    """A graph, captured once, gives correct results for other values."""
+    arguments = inputs(0)
     with pruneops.backend(target.backend):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run(*held)
+            run(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = run(*held)
+            captured = run(*arguments)
         for seed in (1, 2):
             new = inputs(seed)
-            for tensor, value in zip(held, new):
+            for tensor, value in zip(arguments, new):
                 tensor.copy_(value)
             graph.replay()
             assert_same_bits(to_device(captured, "cpu"), to_device(run(*new), "cpu"))
 
 
 def no_synchronisation(target, run, inputs):
-    held = inputs(0)
+    arguments = inputs(0)
     with pruneops.backend(target.backend):
-        run(*held)
+        run(*arguments)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            run(*held)
+            run(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def stream(target, run, inputs):
-    """Work is queued on the current stream: it sees what that stream wrote, however late."""
-    held, new = inputs(0), inputs(1)
+    """Kernels run on the current stream, after its earlier work."""
+    arguments, new = inputs(0), inputs(1)
     with pruneops.backend(target.backend):
         expected = run(*new)
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)
-            for tensor, value in zip(held, new):
+            for tensor, value in zip(arguments, new):
                 tensor.copy_(value)
-            late = run(*held)
+            late = run(*arguments)
         stream.synchronize()
     assert_same_bits(to_device(late, "cpu"), to_device(expected, "cpu"))
 
@@ -61,9 +61,9 @@ def stream(target, run, inputs):
 def other_device(target, run, inputs):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    held = inputs(0)
+    arguments = inputs(0)
     with pruneops.backend(target.backend):
-        here, there = run(*held), run(*(tensor.to("cuda:1") for tensor in held))
+        here, there = run(*arguments), run(*(tensor.to("cuda:1") for tensor in arguments))
     assert all(result.device == torch.device("cuda:1") for result in there)
     assert_same_bits(to_device(here, "cpu"), to_device(there, "cpu"))
 

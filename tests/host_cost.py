@@ -1,9 +1,9 @@
-"""What a call of a Triton operator costs its host: launches, allocations, microseconds, without a GPU.
+"""Host cost of a call of a Triton operator: launches, allocations, microseconds, without a GPU.
 
     python -m tests.host_cost
 
-prints a line of each for the cases below, as JSON with --json. Triton's launcher is the real one over a libcuda that
-runs nothing (compile_only_driver), so times lack the driver's part of a launch and torch's dispatch of the operator.
+prints a line for each case below, or JSON with --json. Triton's launcher is the real one over a stub libcuda
+(compile_only_driver), so times exclude the driver's part of a launch and torch's dispatch of the operator.
 """
 
 import argparse
@@ -30,18 +30,18 @@ from pruneops.triton_kernels import (  # isort: skip
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the tensors that torch makes; views cost less and are not counted."""
+    """Counts tensors that torch allocates; views are not counted."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.count += all(own.alias_info is None for own in function._schema.returns)
+        self.count += all(value.alias_info is None for value in function._schema.returns)
         return result
 
 
 def cases():
-    """{words: call}; shapes of one image of LLaVA, bfloat16."""
+    """{label: call}; shapes of one image of LLaVA, bfloat16."""
     kcenter.multiprocessors = lambda device: 132
     half = {"dtype": torch.bfloat16}
     small, large = torch.ones(1, 576, 1024, **half), torch.ones(1, 9216, 64, **half)
@@ -86,14 +86,14 @@ def cases():
 def counts(call):
     """(launches, allocations) of one call."""
     call()
-    before, allocations = compile_only_driver.launched(), Allocations()
+    before, allocations = compile_only_driver.launch_count(), Allocations()
     with allocations:
         call()
-    return compile_only_driver.launched() - before, allocations.count
+    return compile_only_driver.launch_count() - before, allocations.count
 
 
 def microseconds(call, blocks=30, calls=200):
-    """Median over blocks of many calls in a row."""
+    """Median over blocks of consecutive calls."""
     times = []
     for _ in range(blocks):
         begin = time.perf_counter()
@@ -107,13 +107,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.host_cost", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="[launches, allocations] of each case, without times")
     if parser.parse_args().json:
-        print(json.dumps({words: counts(call) for words, call in cases().items()}))
+        print(json.dumps({label: counts(call) for label, call in cases().items()}))
         return
     torch.set_num_threads(1)
     print(f"{'':<38} launches allocations    us")
-    for words, call in cases().items():
+    for label, call in cases().items():
         launches, allocations = counts(call)
-        print(f"{words:<38} {launches:>8} {allocations:>11} {microseconds(call):>5.0f}", flush=True)
+        print(f"{label:<38} {launches:>8} {allocations:>11} {microseconds(call):>5.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Where code of the package makes the host wait for a device: found on the CPU, where nobody waits.
+"""Detection of host synchronisations in the package's code, on the CPU, where none takes place.
 
     with no_host_sync("pruneops/methods"):   # AssertionError with file and line
-    with host_syncs("pruneops/methods") as found:   # a list of them
+    with host_syncs("pruneops/methods") as places:   # a list of them
 
-A call counts if the nearest frame of the package on the stack lies in one of the folders: what operators do below
-`pruneops/ops` (on the CPU their argument checks read values) is theirs. Reading what `.cpu()` returned or `.numpy()`
-does not count: these are how code says that it reads.
+A call counts if the nearest frame of the package on the stack is in one of the folders, so reads inside an operator (on
+the CPU argument checks read values) count for `pruneops/ops`. Reading the result of `.cpu()` or `.numpy()` does not
+count: these mark an intended synchronisation.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ PACKAGE = ROOT / "pruneops", ROOT / "triton_kernels"
 READS = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__complex__", "__index__")
 
 aten = torch.ops.aten
-# Their results or their shapes depend on values, so a CUDA tensor's have to come to the host first.
+# Operators whose results or shapes depend on values, which a CUDA tensor has to copy to the host first.
 READ_INSIDE = {
     aten._local_scalar_dense.default: "a value read",
     aten.nonzero.default: "nonzero",
@@ -48,37 +48,37 @@ def no_host_sync(*folders):
     AssertionError
         "pruneops/methods/dart.py:83: item"
     """
-    with _watched(folders, _fail):
+    with _detect(folders, _fail):
         yield
 
 
 @contextlib.contextmanager
 def host_syncs(*folders):
-    """The same calls as a list of "file:line: what" that grows while they run."""
-    found = []
-    with _watched(folders, found.append):
-        yield found
+    """The same calls as a list of "file:line: call", which grows while they run."""
+    places = []
+    with _detect(folders, places.append):
+        yield places
 
 
 def _fail(place):
     raise AssertionError(f"the host waits for the device at {place}")
 
 
-def _watched(folders, report):
+def _detect(folders, report):
     stack = contextlib.ExitStack()
-    watch = _Watch([str(ROOT / folder) for folder in folders], report)
+    detector = _Detector([str(ROOT / folder) for folder in folders], report)
     for name in READS:
-        stack.enter_context(mock.patch.object(torch.Tensor, name, watch.read(name, getattr(torch.Tensor, name))))
+        stack.enter_context(mock.patch.object(torch.Tensor, name, detector.read(name, getattr(torch.Tensor, name))))
     stack.enter_context(mock.patch.object(torch.Tensor, "cpu", _marked(torch.Tensor.cpu)))
     uploads = (torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")
     for owner, name in uploads:
-        stack.enter_context(mock.patch.object(owner, name, watch.upload(name, getattr(owner, name))))
-    stack.enter_context(watch)
+        stack.enter_context(mock.patch.object(owner, name, detector.upload(name, getattr(owner, name))))
+    stack.enter_context(detector)
     return stack
 
 
-class _Watch(TorchDispatchMode):
-    """Sees what C++ reads on its way to a result; patches see what Python asks for."""
+class _Detector(TorchDispatchMode):
+    """Sees reads by C++ code as dispatched operators; patched tensor methods see reads by Python code."""
 
     def __init__(self, folders, report):
         super().__init__()
@@ -86,21 +86,21 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        what = _what_waits(function, args, kwargs)
-        if what and not self.quiet:
-            self.found(what)
+        call = _synchronisation(function, args, kwargs)
+        if call and not self.quiet:
+            self.record(call)
         return function(*args, **kwargs)
 
-    def found(self, what):
+    def record(self, call):
         place = _nearest(sys._getframe(1))
-        if place and any(place[0] == own or place[0].startswith(f"{own}/") for own in self.folders):
-            self.report(f"{Path(place[0]).relative_to(ROOT)}:{place[1]}: {what}")
+        if place and any(place[0] == folder or place[0].startswith(f"{folder}/") for folder in self.folders):
+            self.report(f"{Path(place[0]).relative_to(ROOT)}:{place[1]}: {call}")
 
     def read(self, name, original):
         def call(tensor, *args, **kwargs):
-            if not self.quiet and not getattr(tensor, "_came_by_cpu", False):
-                self.found(name)
-            before, self.quiet = self.quiet, True  # what C++ does for it is the same read
+            if not self.quiet and not getattr(tensor, "_from_cpu", False):
+                self.record(name)
+            before, self.quiet = self.quiet, True  # reads by C++ inside are the same read
             try:
                 return original(tensor, *args, **kwargs)
             finally:
@@ -109,20 +109,20 @@ class _Watch(TorchDispatchMode):
         return call
 
     def upload(self, name, original):
-        """Python numbers become a tensor of a device, for which the host waits; "cpu" in so many letters is none."""
+        """A tensor made of Python numbers on a device, for which the host waits; a literal "cpu" is no device."""
 
         def call(*args, **kwargs):
             device = kwargs.get("device")
             here = device is None or (isinstance(device, str) and device == "cpu")
             if name == "new_tensor" or not here:
-                self.found(f"{name} on a device")
+                self.record(f"{name} on a device")
             return original(*args, **kwargs)
 
         return call
 
 
-def _what_waits(function, args, kwargs):
-    """What makes the host wait in a call of an operator of torch, or None."""
+def _synchronisation(function, args, kwargs):
+    """The name of a synchronisation in a call of a torch operator, or None."""
     if function is aten.index.Tensor and _masks(args[1]):
         return "an index by a mask"
     if function in STORES and _masks(args[1]) and args[2].numel() != 1:
@@ -141,7 +141,7 @@ def _nearest(frame):
     while frame is not None:
         file = frame.f_code.co_filename
         if "/transformers/" in file and not file.startswith(f"{ROOT}/pruneops/"):
-            return None  # what a model does inside a pass of the adapters is its own
+            return None  # the model's code inside a pass of the adapters does not count
         if any(file.startswith(f"{folder}/") for folder in PACKAGE):
             return file, frame.f_lineno
         frame = frame.f_back
@@ -149,12 +149,12 @@ def _nearest(frame):
 
 
 def _marked(original):
-    """`Tensor.cpu` whose result may be read; it is another tensor than the one it came from, on the CPU too."""
+    """`Tensor.cpu` whose result may be read; the result is a new tensor on the CPU too."""
 
     def call(tensor, *args, **kwargs):
         result = original(tensor, *args, **kwargs)
         result = result.view_as(result) if result is tensor else result
-        result._came_by_cpu = True
+        result._from_cpu = True
         return result
 
     return call

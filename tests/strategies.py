@@ -6,9 +6,8 @@ Values come from a drawn generator seed: shapes and choices shrink, values stay 
 import torch
 from hypothesis import strategies as st
 
-from tests import contract
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from tests import inputs
+from tests.inputs import DTYPES, LAYOUTS, SPECIAL, ascending, with_garbage
 
 dtypes = st.sampled_from(DTYPES)
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
@@ -17,28 +16,8 @@ generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual
 @st.composite
 def shapes(draw, batch=3, tokens=40, width=70):
     """[B, N, D], or [N, D] in one case of four."""
-    own = (draw(st.integers(1, tokens)), draw(st.integers(1, width)))
-    return own if draw(st.integers(0, 3)) == 0 else (draw(st.integers(0, batch)), *own)
-
-
-def _surrounded(tensor, step, margin=3):
-    """The tensor inside a larger one, its entries `step` apart in each dimension, poison around them."""
-    integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
-    poison = torch.iinfo(tensor.dtype).max if integer else torch.nan  # NaN is True
-    big = torch.full([margin + s * size for s, size in zip(step, tensor.shape)], poison, dtype=tensor.dtype)
-    return big[tuple(slice(margin, None, s) for s in step)].copy_(tensor)
-
-
-# Layouts of a tensor in memory. All but "expanded" keep its values.
-LAYOUTS = {
-    "contiguous": lambda t: t.contiguous(),
-    "offset": lambda t: _surrounded(t.flatten(), [1]).view(t.shape),
-    "sliced": lambda t: _surrounded(t, [2] * (t.dim() - 1) + [1]),
-    "strided features": lambda t: _surrounded(t, [1] * (t.dim() - 1) + [2]),
-    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
-    "first dimension last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    "expanded": lambda t: t[:1].expand(t.shape),
-}
+    shape = (draw(st.integers(1, tokens)), draw(st.integers(1, width)))
+    return shape if draw(st.integers(0, 3)) == 0 else (draw(st.integers(0, batch)), *shape)
 
 
 def laid_out(tensor, expand=True):
@@ -47,34 +26,11 @@ def laid_out(tensor, expand=True):
     return st.sampled_from(names).map(lambda name: LAYOUTS[name](tensor))
 
 
-# Tokens that are no vector of ordinary numbers: (value, how many features hold it; None = all, the rest 0).
-SPECIAL = {
-    "nan": (torch.nan, None),
-    "one nan": (torch.nan, 1),
-    "inf": (torch.inf, 1),
-    "-inf": (-torch.inf, None),
-    "overflow": (3e38, 1),  # finite in float32 and bfloat16, its square is not
-    "zero": (0.0, None),
-    "underflow": (1e-30, None),  # its square is 0 in float32
-}
-
-
-def with_special_tokens(x, generator, names, share=0.3):
-    """x [..., N, D] with a share of its tokens replaced by the named ones of SPECIAL."""
-    x = x.clone()
-    for name in names:
-        value, count = SPECIAL[name]
-        token = x.new_zeros(x.shape[-1])
-        token[:count] = torch.tensor(value).to(x.dtype)
-        x[torch.rand(x.shape[:-1], generator=generator) < share / len(names)] = token
-    return x
-
-
 @st.composite
-def exact_tokens(draw, shape, generator, values=contract.signs):
+def exact_tokens(draw, shape, generator, values=inputs.signs):
     """[..., N, D] of any dtype, values exact in float32 arithmetic, many tokens equal, some of them special."""
-    x = contract.with_copies(values(shape, generator), generator).to(draw(dtypes))
-    return with_special_tokens(x, generator, draw(st.lists(st.sampled_from(list(SPECIAL)), max_size=3)))
+    x = inputs.with_copies(values(shape, generator), generator).to(draw(dtypes))
+    return inputs.with_special_tokens(x, generator, draw(st.lists(st.sampled_from(list(SPECIAL)), max_size=3)))
 
 
 @st.composite
@@ -86,21 +42,41 @@ def masks(draw, shape, generator):
 
 
 @st.composite
-def seeds(draw, shape, generator, most=5):
+def seeds(draw, shape, generator, limit=5):
     """int64 [..., P] of different tokens in every row of [..., N], P from 0."""
-    count = draw(st.integers(0, min(most, shape[-1])))
+    count = draw(st.integers(0, min(limit, shape[-1])))
     return torch.rand(shape, generator=generator).argsort(-1)[..., :count]
 
 
 @st.composite
-def packings(draw, sequences=4, tokens=20):
+def packings(draw, sequences=4, tokens=14):
     """(lengths, budgets) of sequences packed into one tensor; in half the cases some are 0."""
-    least = draw(st.integers(0, 1))
-    lengths = draw(st.lists(st.integers(least, tokens), max_size=sequences))
-    return lengths, [draw(st.integers(least, length)) for length in lengths]
+    minimum = draw(st.integers(0, 1))
+    lengths = draw(st.lists(st.integers(minimum, tokens), max_size=sequences))
+    return lengths, [draw(st.integers(minimum, length)) for length in lengths]
 
 
 @st.composite
 def bounds(draw, lengths):
     """cu_seqlens of sequences of these lengths, int32 or int64."""
     return torch.tensor([0, *lengths]).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
+
+
+@st.composite
+def positions(draw, B, Hk, S, in_place):
+    """(keep, lengths or None); keep holds garbage past the lengths."""
+    generator = draw(generators)
+    rows = draw(st.sampled_from([(B,), (B, Hk)]))
+    K = draw(st.integers(0, S) | st.just(S) if in_place else st.integers(0, 2 * S if S else 0))
+    if in_place:
+        keep = ascending(rows, K, S, generator)
+    else:
+        keep = torch.randint(0, max(S, 1), (*rows, K), generator=generator)
+    lengths = None
+    if draw(st.booleans()):
+        lengths = torch.randint(0, K + 1, (B,), generator=generator)
+        keep = with_garbage(keep, lengths)
+        lengths = lengths.to(draw(st.sampled_from([torch.int32, torch.int64])))
+    if draw(st.booleans()):
+        keep = keep.mT.contiguous().mT
+    return keep, lengths

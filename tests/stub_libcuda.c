@@ -1,5 +1,5 @@
-// A libcuda.so.1 that loads any kernel and runs none: counts launches and keeps the grid of the last one.
-// Built by tests/compile_only_driver.py, so that Triton's own driver and launchers run without a GPU.
+// A stub libcuda.so.1: loads any kernel, runs none, counts launches and keeps the configuration of the last one.
+// tests/compile_only_driver.py builds it, to run Triton's driver and launchers without a GPU.
 
 #include <stddef.h>
 #include <string.h>
@@ -17,8 +17,8 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** paramete
   return 0;
 }
 
-// enum values of cuda.h: 97 shared memory a block may ask for, 16 multiprocessors, 10 warp size; of a function 0 threads
-// of a block, 4 registers
+// Enum values of cuda.h. Device: 97 maximum shared memory per block (opt-in), 16 multiprocessors, 10 warp size.
+// Function: 0 maximum threads per block, 4 registers.
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   *value = attribute == 97 ? 232448 : attribute == 16 ? 132 : attribute == 10 ? 32 : 1024;
   return 0;
@@ -27,8 +27,8 @@ int cuFuncGetAttribute(int* value, int attribute, void* function) {
   *value = attribute == 0 ? 1024 : attribute == 4 ? 64 : 0;
   return 0;
 }
-int cuGetErrorString(int code, const char** words) {
-  *words = "stub";
+int cuGetErrorString(int code, const char** message) {
+  *message = "stub";
   return 0;
 }
 static int handle(void** out) {

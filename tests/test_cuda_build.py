@@ -1,4 +1,4 @@
-"""Every CUDA kernel, for every architecture: it is in the library, does not spill, fits the card's shared memory."""
+"""Every CUDA kernel on every architecture: built, no register spills, fits the shared memory."""
 
 import re
 import shutil
@@ -10,30 +10,30 @@ import pytest
 from pruneops import backends
 
 ROOT = Path(__file__).parent.parent
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may ask for
-SYSTEM_BYTES = 1024  # of each block, counted as static shared memory from compute capability 9.0
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # opt-in maximum per block
+SYSTEM_BYTES = 1024  # reserved per block, counted as static shared memory from compute capability 9.0
 ELEMENTS = ("float", "__half", "__nv_bfloat16")
 KERNELS = {
     "kcenter_greedy",
-    *(f"{kernel}<{element}>" for kernel in ("kcenter_norms", "kcenter_lazy") for element in ELEMENTS),
+    *(f"{kernel}<{element}>" for kernel in ("kcenter_norm_factors", "kcenter_rounds") for element in ELEMENTS),
     *(f"kcenter_gram<{element}, {aligned}>" for element in ELEMENTS for aligned in ("false", "true")),
     *(f"pivot_cosine_pass<{element}, {tiles}, 1>" for element in ELEMENTS for tiles in (1, 2)),
     *(f"pivot_cosine_pass<{element}, 2, {2 if element == 'float' else 8}>" for element in ELEMENTS),
-    *(f"exclusive_bottomk_select<{element}, {listed}>" for element in ELEMENTS for listed in ("false", "true")),
+    *(f"exclusive_bottomk_select<{element}, {use_lists}>" for element in ELEMENTS for use_lists in ("false", "true")),
     *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
     *(f"attention_{kernel}<{element}>" for kernel in ("sums", "combine", "received_sums") for element in ELEMENTS),
-    "move_tokens<false>",
-    "move_tokens<true>",
+    "copy_tokens<false>",
+    "copy_tokens<true>",
 }
-# Shared memory that kernels are launched with; assign_ranks takes what the card has.
+# Dynamic shared memory of each launch; assign_ranks uses all that the GPU has.
 DYNAMIC_BYTES = {
-    "kcenter_lazy<.*": "sizeof(LazyShared)",
+    "kcenter_rounds<.*": "sizeof(RoundsShared)",
     "kcenter_gram<.*": "kPipelineBytes",
     "exclusive_bottomk_select<.*": "sizeof(BottomkShared)",
     **{f"attention_sums<{element}>": f"sizeof(MassShared<{element}>)" for element in ELEMENTS},
     "attention_combine<.*": "sizeof(CombineShared)",
-    "attention_received_sums<.*": "kMostKeptBytes",
-    "move_tokens<true>": "3 * 2 * 8 * 256",  # three places of every token of two tiles; its header includes torch
+    "attention_received_sums<.*": "kMaxReceivedBytes",
+    "copy_tokens<true>": "3 * 2 * 8 * 256",  # kOffsetStages * sizeof(TileOffsets); that header needs torch
     **{
         f"pivot_cosine_pass<.*, {t}, {g}>": f"sizeof(PivotShared<{t}, {g}>)"
         for t, g in ((1, 1), (2, 1), (2, 2), (2, 8))
@@ -42,15 +42,15 @@ DYNAMIC_BYTES = {
 
 
 def tool(name):
-    """Path of one of CUDA's binary utilities, from the toolkit or from Triton's wheel."""
-    places = [None, "/usr/local/cuda/bin"]
+    """Path of a CUDA binary utility, from the toolkit or from Triton's wheel."""
+    folders = [None, "/usr/local/cuda/bin"]
     try:
         import triton
 
-        places.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
+        folders.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
     except ImportError:
         pass
-    return next(filter(None, (shutil.which(name, path=place) for place in places)), None)
+    return next(filter(None, (shutil.which(name, path=folder) for folder in folders)), None)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,15 @@ def resources():
         pytest.skip("needs cuobjdump (CUDA toolkit or Triton) and c++filt")
     dump = subprocess.run([cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
     text = subprocess.run([cxxfilt], input=dump.stdout, capture_output=True, text=True, check=True).stdout
-    found, arch, kernel = {}, None, None
+    resources, arch, kernel = {}, None, None
     for line in text.splitlines():
         if match := re.match(r"\s*arch = sm_(\d+)", line):
-            arch = found.setdefault(int(match[1]), {})
+            arch = resources.setdefault(int(match[1]), {})
         elif match := re.match(r"\s*Function (?:void )?pruneops::(.*?)\((?!\*)", line):
             kernel = arch.setdefault(match[1].replace("(bool)1", "true").replace("(bool)0", "false"), {})
         if kernel is not None:
             kernel.update((name, int(value)) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line))
-    return found
+    return resources
 
 
 def built_archs():
@@ -82,14 +82,14 @@ def built_archs():
 
 
 @pytest.mark.parametrize("arch", built_archs())
-def test_every_kernel_is_there_without_spills(resources, arch):
+def test_every_kernel_is_built_without_spills(resources, arch):
     assert not KERNELS - set(resources[arch])
     for kernel, used in resources[arch].items():
         assert used["STACK"] == used["LOCAL"] == 0, f"{kernel} for sm_{arch}: {used}"
 
 
 @pytest.mark.parametrize("arch", built_archs())
-def test_shared_memory_fits_the_card(resources, arch, dynamic_bytes):
+def test_shared_memory_fits(resources, arch, dynamic_bytes):
     for kernel, used in resources[arch].items():
         static = used["SHARED"] - (SYSTEM_BYTES if arch >= 90 else 0)
         need = static + sum(size for name, size in dynamic_bytes.items() if re.fullmatch(name, kernel))
@@ -98,7 +98,7 @@ def test_shared_memory_fits_the_card(resources, arch, dynamic_bytes):
 
 @pytest.fixture(scope="module")
 def dynamic_bytes(tmp_path_factory):
-    """DYNAMIC_BYTES as numbers, from the kernels' own headers."""
+    """DYNAMIC_BYTES evaluated with the kernels' headers."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")

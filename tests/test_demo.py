@@ -1,4 +1,4 @@
-"""The demo: what it asks, answers, keeps and counts; the picture; its errors."""
+"""The demo: questions, answers, kept tokens, counts; the picture; errors."""
 
 import io
 import json
@@ -108,8 +108,8 @@ def test_each_method(folder, llava, name):
     assert counts == sorted(counts, reverse=True) and set(counts[first:]) <= {left, 0}
     assert asked["pruned"]["kv_bytes"] == kv_bytes(llava, counts, QUESTION)
     held = TOKENS
-    for layer, count in enumerate(counts):  # the tokens told are those counted, layer by layer
-        held = next((len(own["tokens"]) for own in asked["pruned"]["kept"] if own["from_layer"] == layer), held)
+    for layer, count in enumerate(counts):  # the recorded tokens agree with the counts, layer by layer
+        held = next((len(kept["tokens"]) for kept in asked["pruned"]["kept"] if kept["from_layer"] == layer), held)
         assert held == count
     kept = asked["pruned"]["kept"][0]
     assert (kept["from_layer"], kept["tokens"]) == (first, sorted(set(kept["tokens"])))
@@ -122,7 +122,7 @@ def test_methods_are_all_there_are():
     assert set(NAMES) == {cls.name for cls in classes if hasattr(cls, "name")}
 
 
-def test_kept_are_the_methods_own_choice(folder, llava):
+def test_kept_tokens_are_the_choice_of_the_method(folder, llava):
     assert measured(method="uniform", keep=26)["kept"]["tokens"] == methods.uniform_select(TOKENS, 26).tolist()
     drawn = measured(method="random", keep=0.5, seed=7)["kept"]["tokens"]
     assert drawn == methods.random_select(TOKENS, 128, seed=7).tolist()
@@ -135,7 +135,7 @@ def test_kept_are_the_methods_own_choice(folder, llava):
     )
 
 
-def test_choices_one_after_another_are_told_in_ranks_of_the_picture():
+def test_successive_choices_are_recorded_as_ranks_of_the_picture():
     class Twice:
         def select_each(self, images):
             return [torch.tensor([1, 4, 5, 9])]
@@ -143,11 +143,11 @@ def test_choices_one_after_another_are_told_in_ranks_of_the_picture():
         def at_layer(self, layer, row, count):
             return {1: None, 2: torch.tensor([0, 1, 3]), 3: torch.tensor([0, 1, 2]), 4: torch.tensor([2])}[layer]
 
-    watched = demo.Watched(Twice())
-    watched.select_each([methods.Image(torch.zeros(10, 2))])
+    recorder = demo.KeptRecorder(Twice())
+    recorder.select_each([methods.Image(torch.zeros(10, 2))])
     for layer in (1, 2, 3, 4):
-        watched.at_layer(layer, None, 8)
-    assert {layer: ranks.tolist() for layer, ranks in watched.kept.items()} == {0: [1, 4, 5, 9], 2: [1, 4, 9], 4: [9]}
+        recorder.at_layer(layer, None, 8)
+    assert {layer: ranks.tolist() for layer, ranks in recorder.kept.items()} == {0: [1, 4, 5, 9], 2: [1, 4, 9], 4: [9]}
 
 
 @pytest.mark.parametrize("keep, kept", [(1, 1), (26, 26), (256, 256), (1.0, 256), (1e-9, 1)])
@@ -172,11 +172,11 @@ def test_questions_in_any_spelling():
         ("List all digits.", " ".join(map(str, sorted(o.digit for o in objects)))),
         ("what digits", None),
     ]:
-        (asked,) = demo._scene(demo._in_words(text), 0).questions
+        (asked,) = demo._scene(demo._normalised_question(text), 0).questions
         assert asked.answer == truth and asked.text == model.words(model.tokens(text.replace(".", "")))
 
 
-def test_a_question_whose_answer_nobody_knows(folder):
+def test_a_question_with_an_unknown_answer(folder):
     (asked,) = measured(question="what digits")["questions"]
     assert asked["truth"] is asked["kind"] is asked["unpruned"]["right"] is asked["pruned"]["right"] is None
 
@@ -344,7 +344,7 @@ def test_bad_image_gives_one_line_and_writes_nothing(folder, capsys, picture, na
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "argv, message",
     [
         (["--image", ""], "is a directory"),
         (["--keep", "257"], "256 visual tokens"),
@@ -359,10 +359,10 @@ def test_bad_image_gives_one_line_and_writes_nothing(folder, capsys, picture, na
         (["--question", " . "], "is empty"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(folder, capsys, argv, words):
+def test_errors_are_one_line(folder, capsys, argv, message):
     before = sorted(folder.rglob("*"))
     status, out, err = command(capsys, "--image", "picture.png", *argv)
-    assert (status, out) == (2, "") and err.count("\n") == 1 and words in err
+    assert (status, out) == (2, "") and err.count("\n") == 1 and message in err
     assert argv[0].strip("-") in err and sorted(folder.rglob("*")) == before
 
 
@@ -373,7 +373,7 @@ def test_folder_that_is_not_writable(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         ({"method": "fastest"}, "one of dart, divprune"),
         ({"keep": 0}, "--method todre: .*keep"),
@@ -382,8 +382,8 @@ def test_folder_that_is_not_writable(folder, monkeypatch):
         ({"method": "random", "seed": -1}, "--method random: .*seed"),
     ],
 )
-def test_settings_that_methods_refuse(folder, options, words):
-    with pytest.raises(DemoError, match=words) as caught:
+def test_settings_that_methods_refuse(folder, options, message):
+    with pytest.raises(DemoError, match=message) as caught:
         measured(**options)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Launches and allocations of every Triton operator, with Triton's real launcher over a driver that runs nothing."""
+"""Launches and allocations of every Triton operator, with Triton's real launcher and a driver that executes nothing."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests import contract
 
 pytest.importorskip("triton")
 
-# [launches, allocations]: results, and one workspace where a launch leaves something for the next.
+# [launches, allocations]: of results, and of one workspace where a launch has output for the next.
 EXPECTED = {
     "kcenter N 576": [3, 3],
     "kcenter N 9216": [2, 3],
@@ -28,7 +28,7 @@ EXPECTED = {
     "kv_compact, 64 caches": [1, 64],
     "kv_compact_, 64 caches": [1, 0],
     "paged_kv_compact_, 32 tensors": [1, 0],
-    "gather_tokens": [2, 2],  # two forms
+    "gather_tokens": [2, 2],  # two specializations
 }
 
 

@@ -1,4 +1,4 @@
-"""The guard of host synchronisations sees what it is there to see."""
+"""The detector of host synchronisations reports them, and nothing else."""
 
 import pytest
 import torch
@@ -53,9 +53,9 @@ def run(code, file=METHODS):
 def test_waits(code):
     with pytest.raises(AssertionError, match=r"pruneops/methods/made_up\.py:7: "), no_host_sync("pruneops/methods"):
         run(code)
-    with host_syncs("pruneops/adapters", "pruneops/methods/made_up.py") as found:
+    with host_syncs("pruneops/adapters", "pruneops/methods/made_up.py") as places:
         run(code)
-    assert len(found) == 1
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize("code", PASSES.values(), ids=PASSES)
@@ -72,7 +72,7 @@ def test_other_folders(file):
 
 
 def test_nearest_frame():
-    """Below an operator that a method calls it is the operator who reads."""
+    """A read inside an operator that a method calls counts for the operator."""
     above = "exec(compile(code, file, 'exec'), {'x': x})"
     names = {"x": X, "code": "x.tolist()", "file": str(host_sync.ROOT / "pruneops" / "ops" / "made_up.py")}
     with no_host_sync("pruneops/methods"):

@@ -1,4 +1,4 @@
-"""The recipe for lmms-eval: registry, task, evaluator, metrics and command are the harness's, the model is embedded."""
+"""The lmms-eval recipe with the harness's registry, task, evaluator, metrics and command, on the embedded model."""
 
 import io
 import itertools
@@ -46,7 +46,7 @@ KEPT = {  # by every layer
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The model is so small that a team of threads mostly waits for itself."""
+    """The model is too small for several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the task; the harness caches its data elsewhere below it."""
+    """A folder with the task and the harness's cache."""
     folder = tmp_path_factory.mktemp("lmms")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
@@ -79,7 +79,7 @@ def evaluated(folder):
 
 @pytest.fixture(scope="module")
 def ours():
-    """The model and its processor, not through the harness."""
+    """The model and its processor, without the harness."""
     return embedded.load(), embedded.processor()
 
 
@@ -92,7 +92,7 @@ def answers(results):
 
 
 def answered(ours, method=None):
-    """(answers to the same questions, visual tokens that every layer keeps for each of them)."""
+    """(answers to the same questions, visual tokens kept by every layer for each of them)."""
     model, processor = ours
     handle = None if method is None else pruneops.patch(model, method)
     texts = []
@@ -108,7 +108,7 @@ def answered(ours, method=None):
 
 
 def request(content, settings, number=0):
-    """A request of a task that is not there, and what the model looks its document up in."""
+    """A request of a made-up task with one document."""
     arguments = "", lambda document: [{"role": "user", "content": content}], settings, number, "none", "test"
     return Instance("generate_until", arguments, 0, {"task": "none", "doc_id": number, "repeats": 1})
 
@@ -133,12 +133,12 @@ def test_it_answers_as_the_patched_model_does(evaluated, ours, arguments):
     expected, totals = answered(ours, recipe.method_of(**settings))
     assert answers(results) == expected
     counts = [sample["token_counts"][0] for sample in samples(results)]
-    assert [own["visual_tokens"] for own in counts] == [ALL] * QUESTIONS
-    assert [own["visual_tokens_kept"] for own in counts] == totals == [KEPT[arguments]] * QUESTIONS
+    assert [count["visual_tokens"] for count in counts] == [ALL] * QUESTIONS
+    assert [count["visual_tokens_kept"] for count in counts] == totals == [KEPT[arguments]] * QUESTIONS
     assert results["throughput"]["avg_visual_tokens_kept"] == sum(KEPT[arguments]) / 8
 
 
-def test_what_the_content_decides_is_counted_too(evaluated, ours):
+def test_content_dependent_counts(evaluated, ours):
     results = evaluated("method=todre,keep=0.25")
     expected, totals = answered(ours, pruneops.methods.ToDRE(keep=0.25))
     assert answers(results) == expected
@@ -175,11 +175,11 @@ def test_requests_of_any_kind_keep_their_order_and_their_counts():
         ([picture(1), picture(2), question("list all digits")], greedy),
         ([picture(3), question()], beams),
     ]
-    batched = model.generate_until([request(*own, number) for number, own in enumerate(contents)])
-    single = [model.generate_until([request(*own)])[0] for own in contents]
+    batched = model.generate_until([request(*content, number) for number, content in enumerate(contents)])
+    single = [model.generate_until([request(*content)])[0] for content in contents]
     assert batched == single
-    assert [own.token_counts.visual_tokens for own in batched] == [ALL, None, 2 * ALL, ALL]
-    assert [own.token_counts.visual_tokens_kept for own in batched] == [[64] * 8, None, [128] * 8, [64] * 8]
+    assert [answer.token_counts.visual_tokens for answer in batched] == [ALL, None, 2 * ALL, ALL]
+    assert [answer.token_counts.visual_tokens_kept for answer in batched] == [[64] * 8, None, [128] * 8, [64] * 8]
     model.clean()
     assert not hasattr(model, "model") and model.handle is None
 

@@ -1,6 +1,6 @@
-"""The native libraries ask for every symbol they need by the name of a library that has it, and load.
+"""The native libraries load, and every undefined symbol has a provider among the libraries they link.
 
-Needs neither a GPU nor a CUDA build of torch: libtorch_cuda's one symbol comes from a stub where there is no real one.
+Needs neither a GPU nor a CUDA build of torch: a stub provides the one symbol of libtorch_cuda.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ STUB = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { retu
 PACKAGE = Path(pruneops.__file__).parent
 
 
-def compiled(source, library, *options):
-    """A shared library from a line of C."""
+def compile_library(source, library, *options):
+    """Compile C source to a shared library."""
     command = [
         shutil.which("gcc") or shutil.which("cc") or "cc",
         "-xc",
@@ -43,23 +43,23 @@ def tool(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def undefined(library):
-    """Names of the dynamic symbols that a library needs; Python's own come from the process."""
+def undefined_symbols(library):
+    """Undefined dynamic symbols of a library, without those of Python, which the process provides."""
     lines = [line.split() for line in tool("nm", "-D", "--undefined-only", library).splitlines()]
     names = {name.partition("@")[0] for kind, name in lines if kind == "U"}
     return {name for name in names if not re.match(r"_?Py[A-Z_]", name)}
 
 
-def without_provider(library, *folders):
-    """Symbols that neither a library it names nor one that those name has."""
+def unresolved_symbols(library, *folders):
+    """Undefined symbols that no linked library provides."""
     providers = []
     for name in re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "-d", library)):
         paths = [folder / name for folder in (*folders, TORCH_LIBRARIES) if (folder / name).exists()]
         providers.append(ctypes.CDLL(str(paths[0]) if paths else name))
-    return {symbol for symbol in undefined(library) if not any(hasattr(own, symbol) for own in providers)}
+    return {symbol for symbol in undefined_symbols(library) if not any(hasattr(p, symbol) for p in providers)}
 
 
-def built(pattern):
+def built_library(pattern):
     library = next(PACKAGE.glob(pattern), None)
     if library is None:
         pytest.skip(f"{pattern} was not built")
@@ -68,58 +68,58 @@ def built(pattern):
 
 @pytest.fixture
 def stub(tmp_path):
-    return compiled(STUB, tmp_path / "libtorch_cuda.so", "-Wl,-soname,libtorch_cuda.so")
+    return compile_library(STUB, tmp_path / "libtorch_cuda.so", "-Wl,-soname,libtorch_cuda.so")
 
 
 @pytest.mark.parametrize("pattern", ["_C.*so", "_cuda.*so"])
 def test_every_symbol_has_a_provider(pattern, stub):
     folders = () if (TORCH_LIBRARIES / "libtorch_cuda.so").exists() else (stub.parent,)
-    assert without_provider(built(pattern), *folders) == set()
+    assert unresolved_symbols(built_library(pattern), *folders) == set()
 
 
-def test_a_symbol_without_a_provider_is_found(tmp_path):
-    library = compiled("int nobody_has_this(void); int f(void) { return nobody_has_this(); }", tmp_path / "libf.so")
-    assert without_provider(library) == {"nobody_has_this"}
+def test_unresolved_symbol_is_detected(tmp_path):
+    library = compile_library("int missing(void); int f(void) { return missing(); }", tmp_path / "libf.so")
+    assert unresolved_symbols(library) == {"missing"}
 
 
 def test_cuda_library_loads_beside_libtorch_cuda(stub):
-    """As on a machine with a card, where torch keeps libtorch_cuda's symbols to itself (RTLD_LOCAL)."""
+    """As with a CUDA build of torch, which loads libtorch_cuda with RTLD_LOCAL."""
     code = f"""
 import ctypes, torch, pruneops
 if torch.version.cuda is None:
     ctypes.CDLL({str(stub)!r})
-torch.ops.load_library({str(built("_cuda.*so"))!r})
+torch.ops.load_library({str(built_library("_cuda.*so"))!r})
 print("loaded")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "loaded\n", done.stderr
 
 
-# What is said when a library does not load
+# Messages when a library does not load
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """torch as on a machine with an sm_90 card; the libraries are those at hand."""
+def gpu(monkeypatch):
+    """Emulates an sm_90 GPU in torch, with the installed libraries."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
-    built("_cuda.*so")
+    built_library("_cuda.*so")
     if backends.native_problem():
         pytest.skip(backends.native_problem())
     return SimpleNamespace(problem=backends.cuda_problem.__wrapped__)
 
 
-def test_a_library_that_does_not_load_is_said_in_the_loader_s_words(card, monkeypatch):
+def test_load_failure_reports_the_loader_error(gpu, monkeypatch):
     def fail(path):
-        raise OSError(f"Could not load this library: {path}") from OSError("_cuda.so: undefined symbol: somebody")
+        raise OSError(f"Could not load this library: {path}") from OSError("_cuda.so: undefined symbol: missing")
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
-    with pytest.warns(UserWarning, match="CUDA kernels built, but it does not load: .*undefined symbol: somebody"):
-        problem = card.problem()
-    assert problem == "built, but it does not load: _cuda.so: undefined symbol: somebody"
+    with pytest.warns(UserWarning, match="CUDA kernels built, but it does not load: .*undefined symbol: missing"):
+        problem = gpu.problem()
+    assert problem == "built, but it does not load: _cuda.so: undefined symbol: missing"
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ def test_a_library_that_does_not_load_is_said_in_the_loader_s_words(card, monkey
         (["86"], (8, 0), False),
     ],
 )
-def test_a_card_without_code_is_named(card, monkeypatch, archs, capability, fits):
+def test_gpu_without_matching_code_is_reported(gpu, monkeypatch, archs, capability, fits):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capability)
     monkeypatch.setattr(backends, "build_record", lambda: {"archs": archs})
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        problem = card.problem()
-    assert (problem is None) == fits and len(said) == (not fits)
+        problem = gpu.problem()
+    assert (problem is None) == fits and len(caught) == (not fits)
     if not fits:
         arch = "{}{}".format(*capability)
         assert (
@@ -147,7 +147,7 @@ def test_a_card_without_code_is_named(card, monkeypatch, archs, capability, fits
         )
 
 
-# Choice by record
+# Choice of backend by benchmark record
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_auto_follows_the_record_on_cuda(operator, shape_class, expected, monkey
     assert backends.choose("cuda", operator, backends.BACKENDS, shape_class) == "cuda"
 
 
-def test_the_record_knows_real_operators_and_shape_classes():
-    """Every entry of TRITON_FIRST is one that its operator's shapes can get."""
+def test_triton_first_has_valid_operators_and_shape_classes():
+    """Every entry of TRITON_FIRST is a shape class that its operator returns."""
     kcenter = pruneops.ops.kcenter.__globals__["_shape_class"]
     rows = pruneops.ops.attention_mass.__globals__["rows_class"]
     x, query, key = torch.empty(2880, 8), torch.empty(1, 8, 3, 4), torch.empty(1, 1, 9, 4)

@@ -1,4 +1,4 @@
-"""The embedded model, its scenes, its training in small; that pruning costs answers no more than was recorded."""
+"""The embedded model, its scenes, short trainings; accuracy of pruned answers within the recorded intervals."""
 
 import csv
 import itertools
@@ -124,7 +124,7 @@ def test_weights_are_small_and_as_transformers_saves_them(model):
 
 
 def test_packed_questions_are_those_that_are_asked(model):
-    """The training's one sequence for all questions of a scene gives each what it gets when it is asked alone."""
+    """The packed sequence of all questions of a scene gives each the logits of a separate request."""
     for number in range(4):
         scene = scenes.scene("test", 3, number)
         text = training.packed(scene, np.random.default_rng(number))[None]
@@ -145,7 +145,7 @@ def test_packed_questions_are_those_that_are_asked(model):
             torch.testing.assert_close(alone, logits[question == each], rtol=1e-3, atol=1e-3)
 
 
-# Training, in small
+# Short trainings
 
 
 def test_heads_start_at_the_neighbours():
@@ -155,7 +155,7 @@ def test_heads_start_at_the_neighbours():
     config = embedded.configuration().vision_config
     config._attn_implementation = "eager"
     tower = CLIPVisionModel(config)
-    training.look_at_neighbours(tower)
+    training.attend_to_neighbours(tower)
     with torch.inference_mode():
         attention = tower(torch.zeros(1, 3, scenes.SIDE, scenes.SIDE), output_attentions=True).attentions
     inner = [row * scenes.ROW + column for row in range(3, 13) for column in range(3, 13)]
@@ -166,8 +166,8 @@ def test_heads_start_at_the_neighbours():
 
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
-    whole, _ = training.train(tmp_path / "whole", steps=TINY, workers=0)
-    assert (tmp_path / "whole" / "loss.png").stat().st_size > 1000
+    full, _ = training.train(tmp_path / "full", steps=TINY, workers=0)
+    assert (tmp_path / "full" / "loss.png").stat().st_size > 1000
     gradients, steps = training.gradients, itertools.count()
 
     def interrupted(*arguments):
@@ -181,7 +181,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
     assert "goes on from" in capsys.readouterr().out
     monkeypatch.setattr(training, "gradients", gradients)
     parts, seconds = training.train(tmp_path / "parts", steps=TINY, workers=0)
-    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert (full / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
     assert seconds > 0 and embedded.load(path=parts).dtype == torch.float32
     with pytest.raises(SystemExit, match="--seed 0"):
         training.train(tmp_path / "parts", steps=TINY, seed=1, workers=0)
@@ -189,7 +189,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
 
 def test_losses_fall_on_few_scenes(tmp_path):
     run = training.Run(tmp_path, {"tower": 60, "questions": 60}, 0, "cpu", 0)
-    data = [torch.stack(own) for own in zip(*(training.Scenes(0, 0, 4, False)[i] for i in range(4)))]
+    data = [torch.stack(column) for column in zip(*(training.Scenes(0, 0, 4, False)[i] for i in range(4)))]
     for stage, step in (("tower", run.tower_loss), ("questions", run.questions_loss)):
         losses = []
         for i in range(40):
@@ -213,7 +213,7 @@ def test_intervals():
     assert rows[0]["accuracy"] == 1 and rows[0]["asked"] == 6 and rows[-1]["asked"] == 30
 
 
-def test_everybody_is_asked_the_same_once_of_every_kind():
+def test_one_question_of_every_kind_per_scene():
     seen, asked = quality.questions_of(5, 6)
     again = quality.questions_of(5, 6)[1]
     assert asked == again and len(seen) == 6
@@ -257,7 +257,7 @@ def test_a_small_run_writes_everything(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (["run", "--methods", "magic"], "'magic'; there is: todre"),
         (["run", "--keep", "half"], "shares, such as"),
@@ -265,10 +265,10 @@ def test_a_small_run_writes_everything(tmp_path, capsys):
         (["run", "--out", "nowhere/at/all"], "no such folder"),
     ],
 )
-def test_bad_requests(arguments, words, capsys):
+def test_bad_requests(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(arguments)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_interruption_is_one_line(monkeypatch, tmp_path, capsys):
@@ -280,20 +280,20 @@ def test_interruption_is_one_line(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.strip() == "benchmarks.quality: interrupted" and not os.listdir(tmp_path)
 
 
-# What was recorded
+# The record
 
 
 def test_the_record_is_of_these_weights_and_reaches_the_bars():
     training = json.loads((command.RESULTS / "quality-training.json").read_text())
-    found = {row["kind"]: row for row in training["rows"]}
+    by_kind = {row["kind"]: row for row in training["rows"]}
     for kind, bar in command.BARS.items():
-        assert found[kind]["asked"] >= 2000 and found[kind]["accuracy"] >= bar
+        assert by_kind[kind]["asked"] >= 2000 and by_kind[kind]["accuracy"] >= bar
     assert RECORD["weights"] == command.checksum(embedded.WEIGHTS)
 
 
 @pytest.mark.parametrize("name", [quality.UNPRUNED, *quality.METHODS])
 def test_answers_at_a_quarter_of_the_tokens(name):
-    """On 200 scenes of the record: the same answers but for rounding, so within the interval of each hundred."""
+    """On 200 scenes of the record: the same answers up to rounding, so within the interval of each hundred."""
     seeds, count = RECORD["seeds"][:2], RECORD["scenes"]
     assert len(seeds) * count >= 200
     keep = 1.0 if name == quality.UNPRUNED else 0.25
@@ -302,6 +302,6 @@ def test_answers_at_a_quarter_of_the_tokens(name):
     quality.start(embedded.WEIGHTS, "cpu")
     for i, seed in enumerate(seeds):
         flags, _ = quality.answer((name, keep, seed, count))
-        for row, found in zip(rows, quality.summary(np.array(flags).reshape(1, count, -1))):
+        for row, measured in zip(rows, quality.summary(np.array(flags).reshape(1, count, -1))):
             _, low, high = row["by_seed"][i]
-            assert low <= found["accuracy"] <= high, (row, found)
+            assert low <= measured["accuracy"] <= high, (row, measured)

@@ -1,10 +1,9 @@
-"""The soak: every operator has one, right answers pass, each kind of wrong one is found, and findings repeat."""
+"""`tests.soak`: it knows every operator, right answers pass, each kind of wrong one is found, findings repeat."""
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,27 +11,24 @@ import torch
 import pruneops
 from pruneops import backends
 from pruneops.ops import OPERATORS
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.soak import SOAKS  # noqa: E402
-from tests.soak import __main__ as soak  # noqa: E402
-from tests.soak.draws import Random  # noqa: E402
+from tests.contract import ROOT
+from tests.soak import SOAKS
+from tests.soak import __main__ as soak
+from tests.soak.draws import Random
 
 INDICES = ("kcenter", "kcenter_varlen", "exclusive_bottomk", "pivot_bottomk", "assign_ranks")
 ATTENTION = ("attention_mass", "attention_received")
 SCORES = ("pivot_cosine", "pivot_cosine_varlen", "duplication", "duplication_varlen", *ATTENTION)
-MOVES = ("kv_compact", "kv_compact_", "paged_kv_compact_", "gather_tokens")
+TOKEN_COPY = ("kv_compact", "kv_compact_", "paged_kv_compact_", "gather_tokens")
 
 
 def swapped(results):
-    """The first two choices of a row."""
+    """The first two choices of a row change places."""
     results[0][..., [0, 1]] = results[0][..., [1, 0]]
 
 
 def repeated(results):
-    """The last choice is the first once more."""
+    """The last choice repeats the first."""
     results[0][..., -1] = results[0][..., 0]
 
 
@@ -41,16 +37,16 @@ def beyond(results):
     results[0][..., -1] = 2**40
 
 
-def moved(results, dim=-1):
-    """Every finite value by 1e-3."""
-    results[dim].copy_(results[dim] + 1e-3)
+def shifted(results, dim=-1):
+    """Every finite value is off by 1e-3, a large one by a thousandth."""
+    results[dim].copy_(results[dim] + 1e-3 * results[dim].abs().clamp(min=1))
 
 
-def first_moved(results):
-    moved(results, 0)
+def first_shifted(results):
+    shifted(results, 0)
 
 
-def lost(results):
+def not_a_number(results):
     """NaN for one value."""
     results[-1].view(-1)[0] = torch.nan
 
@@ -69,16 +65,16 @@ def shortened(results):
 
 SPOILED = [
     *[(operator, spoil) for operator in INDICES for spoil in (swapped, repeated, beyond, shortened)],
-    *[(operator, moved) for operator in ("kcenter", "kcenter_varlen", *SCORES)],
-    ("attention_mass", first_moved),
-    *[(operator, spoil) for operator in SCORES for spoil in (lost, shortened)],
-    *[(operator, flipped) for operator in MOVES],
+    *[(operator, shifted) for operator in ("kcenter", "kcenter_varlen", *SCORES)],
+    ("attention_mass", first_shifted),
+    *[(operator, spoil) for operator in SCORES for spoil in (not_a_number, shortened)],
+    *[(operator, flipped) for operator in TOKEN_COPY],
     *[(operator, shortened) for operator in ("kv_compact", "gather_tokens")],
 ]
 
 
 def spoil_answers(monkeypatch, operator, spoil):
-    """Make `pruneops.<operator>` wrong; soak asks the reference itself, not this."""
+    """Make `pruneops.<operator>` wrong; soak calls the reference directly."""
     right = getattr(pruneops, operator)
 
     def wrong(*args, **kwargs):
@@ -86,15 +82,15 @@ def spoil_answers(monkeypatch, operator, spoil):
         if SOAKS[operator].writes:
             spoil(kwargs[SOAKS[operator].writes])
             return None
-        results = soak.listed(results)
+        results = soak.as_list(results)
         spoil(results)
         return results
 
     monkeypatch.setattr(pruneops, operator, wrong)
 
 
-def judged(operator, seed, backend="reference"):
-    return soak.judged(soak.Trial(seed, operator, backend), "cpu")[0]
+def problem_of(operator, seed, backend="reference"):
+    return soak.run_trial(soak.Trial(seed, operator, backend), "cpu")[0]
 
 
 def run(capsys, *arguments):
@@ -107,7 +103,7 @@ def run(capsys, *arguments):
     return status, output.out.splitlines(), output.err.splitlines()
 
 
-def test_every_operator_is_soaked():
+def test_every_operator_is_known():
     assert set(SOAKS) == set(OPERATORS)
     assert {operator for operator, _ in SPOILED} == set(OPERATORS)
 
@@ -125,21 +121,21 @@ def test_right_answers(capsys):
 def test_a_few_of_every_operator(operator):
     for backend in OPERATORS[operator]:
         if backend in ("reference", "cpu") and not backends.why_not(backend, "cpu"):
-            assert [judged(operator, seed, backend) for seed in range(4)] == [None] * 4
+            assert [problem_of(operator, seed, backend) for seed in range(4)] == [None] * 4
 
 
 @pytest.mark.parametrize(("operator", "spoil"), SPOILED, ids=lambda value: getattr(value, "__name__", value))
 def test_wrong_answers_are_found(monkeypatch, operator, spoil):
-    """In at least half of the calls that it can spoil: two equal tokens may be swapped, infinities do not move."""
+    """In at least half of the calls that it can spoil: two equal tokens may be swapped, infinities stay infinite."""
     spoil_answers(monkeypatch, operator, spoil)
-    found = [found for found in (judged(operator, seed) for seed in range(24)) if not could_not(found)]
+    found = [problem for problem in (problem_of(operator, seed) for seed in range(24)) if not impossible(problem)]
     assert len(found) >= 5
-    assert sum(words is not None for words in found) >= len(found) / 2, found
+    assert sum(problem is not None for problem in found) >= len(found) / 2, found
 
 
-def could_not(words):
-    """There was nothing to spoil: an empty result."""
-    return words is not None and words.startswith(("IndexError", "RuntimeError: narrow", "RuntimeError: start"))
+def impossible(problem):
+    """The result is empty: it cannot be made wrong."""
+    return problem is not None and problem.startswith(("IndexError", "RuntimeError: narrow", "RuntimeError: start"))
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -150,12 +146,12 @@ def test_bytes_that_must_not_change(monkeypatch, writes):
 
     def wrong(**arguments):
         result = right(**arguments)
-        soak.memory(arguments["caches"][0] if writes else arguments["x"])[:1] ^= 1
+        soak.storage(arguments["caches"][0] if writes else arguments["x"])[:1] ^= 1
         return result
 
     monkeypatch.setattr(pruneops, operator, wrong)
-    found = [judged(operator, seed) for seed in range(20)]
-    assert sum(words is not None and ("bytes of" in words) for words in found) >= 15, found
+    found = [problem_of(operator, seed) for seed in range(20)]
+    assert sum(problem is not None and ("bytes of" in problem) for problem in found) >= 15, found
 
 
 def test_answers_that_change(monkeypatch):
@@ -167,8 +163,8 @@ def test_answers_that_change(monkeypatch):
         return torch.nextafter(calls[-1], torch.tensor(torch.inf)) if len(calls) % 2 == 0 else calls[-1]
 
     monkeypatch.setattr(pruneops, "pivot_cosine", wrong)
-    found = [judged("pivot_cosine", seed) for seed in range(10)]
-    assert any(words is not None and words.startswith("called again") for words in found)
+    found = [problem_of("pivot_cosine", seed) for seed in range(10)]
+    assert any(problem is not None and problem.startswith("called again") for problem in found)
 
 
 def test_findings_repeat(monkeypatch, capsys):
@@ -181,7 +177,7 @@ def test_findings_repeat(monkeypatch, capsys):
     arguments = "--operators", "assign_ranks,kv_compact", "--backends", "reference"
     status, lines, _ = run(capsys, *arguments, "--seconds", "3", "--seed", "5")
     *findings, last = lines
-    assert status == 1 and 1 <= len(findings) <= soak.MOST_FINDINGS
+    assert status == 1 and 1 <= len(findings) <= soak.MAX_FINDINGS
     assert int(re.search(r"(\d+) wrong", last)[1]) >= len(findings)
     finding = findings[-1]
     assert "assign_ranks reference (logits " in finding and "ZeroDivisionError: of " in finding
@@ -191,9 +187,9 @@ def test_findings_repeat(monkeypatch, capsys):
     assert status == 1 and lines[0] == finding and len(lines) == 2
 
 
-def test_findings_have_an_end(monkeypatch, capsys):
+def test_findings_are_limited(monkeypatch, capsys):
     monkeypatch.setattr(pruneops, "assign_ranks", None)
-    monkeypatch.setattr(soak, "MOST_FINDINGS", 3)
+    monkeypatch.setattr(soak, "MAX_FINDINGS", 3)
     status, lines, _ = run(capsys, "--operators", "assign_ranks", "--backends", "reference", "--seconds", "2")
     assert status == 1 and len(lines) == 4
 
@@ -212,25 +208,25 @@ def test_ctrl_c(monkeypatch, capsys):
             raise KeyboardInterrupt
         return None, ""
 
-    monkeypatch.setattr(soak, "judged", interrupted)
+    monkeypatch.setattr(soak, "run_trial", interrupted)
     status, lines, _ = run(capsys, "--seconds", "60", "--backends", "reference")
     assert status == 130 and lines[-1].startswith("soak: 1 trials of 1 operators on backends reference; 0 wrong")
 
 
 def test_lost_context(monkeypatch, capsys):
-    """After an error that no call survives the rest is not tried."""
+    """After an error of the CUDA context no further trial runs."""
 
     def lost(trial, device):
-        raise soak.Dead("an illegal memory access")
+        raise soak.ContextLost("an illegal memory access")
 
-    monkeypatch.setattr(soak, "judged", lost)
+    monkeypatch.setattr(soak, "run_trial", lost)
     status, lines, _ = run(capsys, "--seconds", "60", "--backends", "reference")
     assert status == 1 and "the CUDA context is lost" in lines[0] and "an illegal memory access" in lines[0]
     assert "1 wrong" in lines[-1] and len(lines) == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--operators", "sort"], "no operator 'sort'; there is: kcenter, "),
         (["--backends", "tpu"], "no backend 'tpu'; there is: reference, cpu, triton, cuda"),
@@ -242,10 +238,10 @@ def test_lost_context(monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_requests(capsys, arguments, words):
+def test_invalid_arguments(capsys, arguments, message):
     status, lines, errors = run(capsys, *arguments)
     assert status == 2 and not lines and len(errors) == 1
-    assert errors[0].startswith(f"soak: {words}")
+    assert errors[0].startswith(f"soak: {message}")
 
 
 def test_command():

@@ -1,4 +1,4 @@
-"""Every Triton kernel and form compiles for every card, fits its shared memory and spills nothing.
+"""Every specialization of every Triton kernel compiles for every GPU, fits its shared memory and spills nothing.
 
 Needs no GPU. One process an architecture, outside of Triton's interpreter.
 """
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 MODULES = [
     f"pruneops.triton_kernels.{path.stem}" for path in sorted(Path(contract.ROOT, "triton_kernels").glob("[!_]*.py"))
 ]
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may ask for, by compute capability
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # maximum per block, by compute capability
 
 
 def compiled(capability, *modules):
@@ -31,7 +31,7 @@ def problems(results, capability):
             found[result["label"]] = result["error"]
         elif result["shared"] > SHARED_KB[capability] * 1024:
             found[result["label"]] = (
-                f"{result['shared']} bytes of shared memory, the card has {SHARED_KB[capability]} KB"
+                f"{result['shared']} bytes of shared memory, the GPU has {SHARED_KB[capability]} KB"
             )
         elif result["local"]:
             found[result["label"]] = (
@@ -40,9 +40,9 @@ def problems(results, capability):
     return found
 
 
-# Their float sums must not follow the layout of a tile, which strides and tile sizes change.
-ORDERED = ("_pivot_cosine_kernel", "_kcenter_norms_kernel")
-# Their products start anew in every step: a chain through all of D would be less exact than the reference.
+# Kernels whose float sums must not follow the layout of a tile, which depends on strides and tile sizes.
+FIXED_ORDER = ("_pivot_cosine_kernel", "_kcenter_norm_factors_kernel")
+# Kernels whose dots must not accumulate: one chain through all of D would be less accurate than the reference.
 SHORT_CHAINS = ("_pivot_cosine_kernel",)
 
 
@@ -52,15 +52,15 @@ def test_kernels_compile_and_fit(capability):
     assert results, "no kernel is listed"
     found = problems(results, capability)
     for result in results:
-        if result["kernel"] in ORDERED and result.get("float_sums"):
-            found[result["label"]] = f"{result['float_sums']} sums in the order of a layout"
+        if result["kernel"] in FIXED_ORDER and result.get("float_sums"):
+            found[result["label"]] = f"{result['float_sums']} sums in layout order"
         if result["kernel"] in SHORT_CHAINS and result.get("chained_dots"):
-            found[result["label"]] = f"{result['chained_dots']} products add to those before them"
+            found[result["label"]] = f"{result['chained_dots']} accumulating dots"
     assert not found, "\n".join(f"sm_{capability} {label}: {problem}" for label, problem in found.items())
 
 
 def test_every_kernel_is_listed():
-    """A kernel of which no form is compiled has not been checked."""
+    """A kernel that specializations() does not list would not be checked."""
     code = """
 import importlib, sys
 for module in map(importlib.import_module, sys.argv[1:]):

@@ -1,12 +1,12 @@
-"""Compile every form of Triton kernel modules for one architecture, without a GPU.
+"""Compile every specialization of Triton kernel modules for one architecture, without a GPU.
 
     python -m tests.triton_compile_worker CAPABILITY MODULE...
 
 writes a JSON list of {kernel, label, shared, local, registers, float_sums, chained_dots} or {kernel, label, error}:
-bytes of shared memory a block, bytes of local memory a thread (spills and stack), registers a thread, how many
-reductions add floats in the order of a layout, and how many products add to what came before inside of the tensor core.
+bytes of shared memory a block, bytes of local memory a thread (spills and stack), registers a thread, number of float
+sums whose order follows a layout, and number of dots that accumulate inside the tensor core.
 
-A module lists its kernels in `specializations()`, as pairs of a kernel and what it is compiled for.
+A module lists its kernels in `specializations()`, as pairs (kernel, spec).
 """
 
 import importlib
@@ -23,14 +23,14 @@ from triton.backends.compiler import GPUTarget
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compile_form(kernel, form, capability):
-    """Resources of one form."""
-    compiled = kernel.compile(form, GPUTarget("cuda", capability, 32))
+def compile_spec(kernel, spec, capability):
+    """Resources of one specialization."""
+    compiled = kernel.compile(spec, GPUTarget("cuda", capability, 32))
     return {
         "shared": compiled.metadata.shared,
         **usage(compiled.asm["cubin"]),
         "float_sums": sum(
-            "arith.addf" in own for own in re.findall(r'"tt\.reduce".*?\}\)', compiled.asm["ttgir"], re.S)
+            "arith.addf" in body for body in re.findall(r'"tt\.reduce".*?\}\)', compiled.asm["ttgir"], re.S)
         ),
         "chained_dots": len(re.findall(r"(?:tt\.dot|warp_group_dot) %\S+, %\S+, %(?!cst)", compiled.asm["ttgir"])),
     }
@@ -49,12 +49,12 @@ def usage(cubin):
 def main(capability, *names):
     results = []
     for module in map(importlib.import_module, names):
-        for kernel, form in module.specializations():
+        for kernel, spec in module.specializations():
             try:
-                result = compile_form(kernel, form, int(capability))
+                result = compile_spec(kernel, spec, int(capability))
             except Exception as error:
                 result = {"error": f"{type(error).__name__}: {error}"}
-            label = "-".join([kernel.__name__, *(str(value).removeprefix("torch.") for value in form)])
+            label = "-".join([kernel.__name__, *(str(value).removeprefix("torch.") for value in spec)])
             results.append({"kernel": kernel.__name__, "label": label, **result})
     print(json.dumps(results))
 

@@ -1,15 +1,12 @@
-"""Cosine of every token with a few pivots, and its reduction over them, in Triton: one pass over x.
+"""Cosine of every token with P pivots, or the maximum, mean or sum over the pivots, in Triton: one pass over x.
 
-One program takes BLOCK_N tokens of a batch row (or of a packed sequence), meets them with BLOCK_P pivots at a time by
-tensor cores (float32: fused multiply-adds) and sums the squares of both sides from the same tiles.
-    N 2880, D 4096, P 8, bf16 on an H200: 23.6 MB of x is 5.5 us at 4.3 TB/s; 377 MFLOP with P padded to 16 is 0.5 us at
-    790 TFLOP/s; 180 programs re-read the pivots, 64 KB each from L2. About 20 KB of loads in flight per
-    multiprocessor cover the latency of memory: 8 stages of 2 KB of x a program.
-With P <= 64 x is read once; more pivots take one pass per 64. Reduced forms store [B, N] only.
-
-Every step of BLOCK_D features is a product of its own, so no chain of sums is longer than D / BLOCK_D and no tensor
-core adds to what came before. The order of summation depends on D and P alone: strides, batch and packing change no
-bit.
+2 P N D operations, one launch. x is read once for P <= 64; more pivots take one pass per 64. Every program reads the
+pivots from L2. Reductions store [B, N] only. A program takes BLOCK_N tokens of a batch row or packed sequence and
+multiplies them with BLOCK_P pivots at a time by tensor cores (float32: fused multiply-adds); squared norms of both come
+from the same tiles. Each step of BLOCK_D features is a product of its own, added outside the tensor core, so no chain
+of sums is longer than D / BLOCK_D. The order of summation depends on D and P alone: strides, batch and packing change
+no bit.
+See docs/kernels/pivot_cosine.md.
 """
 
 import itertools
@@ -21,30 +18,30 @@ import triton.language as tl
 from ._launch import INTERPRETED, TYPES, Specialization, cdiv, device_guard, kernel
 from ._shared import INF, LARGEST_SQUARE, SMALLEST_SQUARE, alignment_class, row_sums
 
-FEW_PIVOTS = 16  # the narrowest tile of a tensor-core product
-FEW_TOKENS = 16384  # up to this many in all, small tiles spread them over more programs
+FEW_PIVOTS = 16  # minimum width of a tensor-core tile
+FEW_TOKENS = 16384  # batch * tokens; up to it, small tiles make more programs
 REDUCTIONS = (None, "max", "mean", "sum")
 
-# Features a step by (bytes of an element, few pivots). Alignment must not change it: it orders the sums.
+# Features a step by (bytes of an element, few pivots). Alignment must not change it: it determines the order of sums.
 BLOCK_D = {(2, True): 64, (2, False): 64, (4, True): 32, (4, False): 16}
-BLOCK_N = {True: (16, 32), False: (16, 64)}  # few or many pivots: few tokens, many tokens
-STAGES = {16: 8, 32: 6, 64: 4}  # that fit the 99 KB of shared memory of sm_86, sm_89 and sm_120
+BLOCK_N = {True: (16, 32), False: (16, 64)}  # by few pivots: (few tokens, many tokens)
+STAGES = {16: 8, 32: 6, 64: 4}  # by BLOCK_N; they fit the 99 KB of shared memory of sm_86, sm_89 and sm_120
 
 
 def _block_n(aligned, few, many_tokens):
-    return BLOCK_N[few][many_tokens and (few or aligned)]  # else it would spill
+    return BLOCK_N[few][many_tokens and (few or aligned)]  # otherwise it spills
 
 
 def _tiles(element, aligned, few, many_tokens):
-    """Tile sizes and launch options by bytes of an element, access, pivots and tokens in all."""
+    """Tile sizes and launch options by bytes of an element, alignment, pivots and batch * tokens."""
     block = _block_n(aligned, few, many_tokens)
-    warps = 4 if element == 2 and aligned and block == 16 else 8  # of 255 registers a thread at most
-    stages = STAGES[block] if aligned else 2  # nothing to copy ahead in pieces of less than 4 bytes
+    warps = 4 if element == 2 and aligned and block == 16 else 8  # without spills, of at most 255 registers a thread
+    stages = STAGES[block] if aligned else 2  # cp.async needs at least 4 bytes
     width = {"BLOCK_N": block, "BLOCK_P": FEW_PIVOTS if few else 64, "BLOCK_D": BLOCK_D[element, few]}
     return width, {"num_warps": warps, "num_stages": stages}
 
 
-def _form(dtype, aligned, few, many_tokens, reduce, has_mask, varlen):
+def _specialize(dtype, aligned, few, many_tokens, reduce, has_mask, varlen):
     width, options = _tiles(dtype.itemsize, aligned, few, many_tokens)
     types = {"x": TYPES[dtype], "mask": "*u8" if has_mask else None, "bounds": "*i64" if varlen else None}
     constants = {"REDUCE": REDUCTIONS.index(reduce), "HAS_MASK": has_mask, "VARLEN": varlen, **width}
@@ -55,7 +52,7 @@ _STRIDES = dict.fromkeys(("stride_b", "stride_n", "pivots_b", "pivots_p", "mask_
 
 
 @triton.jit
-def _inverse_norm(square):
+def _norm_factor(square):
     """1 / |x|, 0 for a zero vector, NaN for a non-finite one."""
     inverse = tl.where(square < SMALLEST_SQUARE, 0.0, tl.div_rn(1.0, tl.sqrt_rn(square)))
     return tl.where(square <= LARGEST_SQUARE, inverse, float("nan"))
@@ -63,17 +60,17 @@ def _inverse_norm(square):
 
 @triton.jit
 def _sequence_of(slot, bounds, sequences, BLOCK_N: tl.constexpr):
-    """Sequence s of a slot: s has the slots from bounds[s] // BLOCK_N + s on, at least one more than it fills."""
-    lane = tl.arange(0, 128)
+    """Sequence of a program: s has the slots from bounds[s] // BLOCK_N + s on, at least one more than it needs."""
+    offs = tl.arange(0, 128)
     before = tl.full([], 0, tl.int32)
     for s in range(0, sequences, 128):
-        start = tl.load(bounds + s + lane, mask=s + lane < sequences, other=0)
-        begins = (start // BLOCK_N + s + lane <= slot) & (s + lane < sequences)
+        start = tl.load(bounds + s + offs, mask=s + offs < sequences, other=0)
+        begins = (start // BLOCK_N + s + offs <= slot) & (s + offs < sequences)
         before += tl.sum(begins.to(tl.int32), 0)
     return before - 1
 
 
-@kernel(_form, pivots="*i64", out="*fp32", **_STRIDES)
+@kernel(_specialize, pivots="*i64", out="*fp32", **_STRIDES)
 def _pivot_cosine_kernel(
     x, pivots, mask, bounds, out, stride_b, stride_n, pivots_b, pivots_p, mask_b, mask_n, B, N, P, D,
     REDUCE: tl.constexpr, HAS_MASK: tl.constexpr, VARLEN: tl.constexpr,
@@ -84,22 +81,22 @@ def _pivot_cosine_kernel(
         b = _sequence_of(tl.program_id(0), bounds, B, BLOCK_N).to(tl.int64)
         first, end = tl.load(bounds + b), tl.load(bounds + b + 1)
         n = first + (tl.program_id(0) - (first // BLOCK_N + b)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = tl.full([], 0, tl.int64)  # of x, mask and out: they have one
+        row = tl.full([], 0, tl.int64)  # x, mask and out have one row
     else:
         tiles = tl.cdiv(N, BLOCK_N)
         b = (tl.program_id(0) // tiles).to(tl.int64)
         n = (tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         end = tl.cast(N, tl.int64)
         row = b
-    if tl.min(n, 0) >= end:  # a slot to spare; of an empty sequence perhaps, whose pivots are no tokens
+    if tl.min(n, 0) >= end:  # a spare slot, maybe of an empty sequence, whose pivots are not valid
         return
-    inside = n < end
+    n_mask = n < end
     tokens = x + row * stride_b + n * stride_n
-    lane = tl.arange(0, BLOCK_D)
-    wanted = inside
+    offs = tl.arange(0, BLOCK_D)
+    allowed = n_mask
     if HAS_MASK:
-        wanted = inside & (tl.load(mask + row * mask_b + n * mask_n, mask=inside, other=0) != 0)
-    greatest = tl.full([BLOCK_N], -INF, tl.float32)
+        allowed = n_mask & (tl.load(mask + row * mask_b + n * mask_n, mask=n_mask, other=0) != 0)
+    maximum = tl.full([BLOCK_N], -INF, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
@@ -109,34 +106,35 @@ def _pivot_cosine_kernel(
         token_squares = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         pivot_squares = tl.zeros([BLOCK_D, BLOCK_P], tl.float32)
         for d in range(0, D, BLOCK_D):
-            there = d + lane < D
-            v = tl.load(tokens[:, None] + (d + lane)[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-            w = tl.load(columns[None, :] + (d + lane)[:, None], mask=(p < P)[None, :] & there[:, None], other=0.0)
-            dots = tl.fma(tl.dot(v, w, input_precision="ieee"), 1.0, dots)  # an addition would be folded into the dot
+            d_mask = d + offs < D
+            v = tl.load(tokens[:, None] + (d + offs)[None, :], mask=n_mask[:, None] & d_mask[None, :], other=0.0)
+            w = tl.load(columns[None, :] + (d + offs)[:, None], mask=(p < P)[None, :] & d_mask[:, None], other=0.0)
+            # fma, because a plain addition would be fused into the dot
+            dots = tl.fma(tl.dot(v, w, input_precision="ieee"), 1.0, dots)
             token_squares += v.to(tl.float32) * v.to(tl.float32)
             pivot_squares += w.to(tl.float32) * w.to(tl.float32)
-        token_inverse = _inverse_norm(row_sums(token_squares, BLOCK_N, BLOCK_D))
-        pivot_inverse = _inverse_norm(row_sums(tl.trans(pivot_squares), BLOCK_P, BLOCK_D))
-        cosine = dots * token_inverse[:, None] * pivot_inverse[None, :]
+        token_factors = _norm_factor(row_sums(token_squares, BLOCK_N, BLOCK_D))
+        pivot_factors = _norm_factor(row_sums(tl.trans(pivot_squares), BLOCK_P, BLOCK_D))
+        cosine = dots * token_factors[:, None] * pivot_factors[None, :]
         if REDUCE == 0:
-            score = tl.where(wanted[:, None], cosine, INF)
-            place = out + (row * P + p)[None, :] * N + n[:, None]
-            tl.store(place, score, mask=inside[:, None] & (p < P)[None, :])
+            score = tl.where(allowed[:, None], cosine, INF)
+            pointers = out + (row * P + p)[None, :] * N + n[:, None]
+            tl.store(pointers, score, mask=n_mask[:, None] & (p < P)[None, :])
         else:
-            known = (p < P)[None, :]
-            total += row_sums(tl.where(known, cosine, 0.0), BLOCK_N, BLOCK_P)
-            greatest = tl.maximum(greatest, tl.max(tl.where(known, cosine, -INF), 1))
+            p_mask = (p < P)[None, :]
+            total += row_sums(tl.where(p_mask, cosine, 0.0), BLOCK_N, BLOCK_P)
+            maximum = tl.maximum(maximum, tl.max(tl.where(p_mask, cosine, -INF), 1))
     if REDUCE != 0:
         score = total
         if REDUCE == 1:
-            score = tl.where(total == total, greatest, total)  # NaN among the cosines makes NaN
+            score = tl.where(total == total, maximum, total)  # a NaN cosine gives NaN
         if REDUCE == 2:
             score = tl.div_rn(total, tl.cast(P, tl.float32))
-        tl.store(out + row * N + n, tl.where(wanted, score, INF), mask=inside)
+        tl.store(out + row * N + n, tl.where(allowed, score, INF), mask=n_mask)
 
 
 def pivot_cosine(x, cu_seqlens, pivots, mask, reduce):
-    """x [B, N, D] with features side by side, or [1, T, D] with bounds; the arguments are checked by pruneops.ops."""
+    """x [B, N, D] with contiguous features, or [1, T, D] with cu_seqlens; pruneops.ops checks the arguments."""
     rows, N, D = x.shape
     B, P = pivots.shape
     out = torch.empty((rows, N) if reduce else (rows, P, N), dtype=torch.float32, device=x.device)
@@ -147,22 +145,22 @@ def pivot_cosine(x, cu_seqlens, pivots, mask, reduce):
     aligned = alignment_class(x) != "unaligned"
     block = _block_n(aligned, few, many_tokens)
     programs = rows * cdiv(N, block) if cu_seqlens is None else N // block + B
-    form = x.dtype, aligned, few, many_tokens, reduce, mask is not None, cu_seqlens is not None
+    spec = x.dtype, aligned, few, many_tokens, reduce, mask is not None, cu_seqlens is not None
     with device_guard(x):
         _pivot_cosine_kernel(
-            form, (programs, 1, 1), x, pivots, mask, cu_seqlens, out,
+            spec, (programs, 1, 1), x, pivots, mask, cu_seqlens, out,
             x.stride(0), x.stride(1), *pivots.stride(), *((0, 0) if mask is None else mask.stride()), B, N, P, D,
         )  # fmt: skip
     return out
 
 
 def specializations():
-    """(kernel, form) of every configuration that the launcher above can ask for, to be compiled without a GPU."""
+    """(kernel, spec) of every kind of launch, to be compiled without a GPU."""
     for dtype, aligned, few, many in itertools.product(
         (torch.bfloat16, torch.float16, torch.float32), *[(True, False)] * 3
     ):
         if dtype == torch.float16 and not (aligned and many):
-            continue  # as bfloat16
+            continue  # same tiles as bfloat16
         for reduce, varlen in (
             (("mean", False), (None, True)) if dtype == torch.float16 else ((None, False), ("max", True))
         ):

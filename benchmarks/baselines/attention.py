@@ -1,9 +1,9 @@
-"""Sums of attention as one would write them in PyTorch, over the rows that count, and the attention they stand beside.
+"""Sums of attention as one would write them in PyTorch, over the counted rows, and plain attention as a lower bound.
 
-All take query [B, H, rows, D] and key [B, Hk, Sk, D], compute in their dtype as public code does, and see what `mask`
-[rows, Sk] tells or, without one, all keys or those up to their own (causal). Groups come one-hot, made once for all
-layers: from_group [B, 1, G, rows], to_group [B, 1, Sk, G]. Cost: `materialised` and `column_sum` write the attention
-and go over it some five times; the others do what flash attention does.
+All take query [B, H, rows, D] and key [B, Hk, Sk, D], compute in their dtype as public code does, and mask keys by
+`mask` [rows, Sk], causally, or not at all. Groups are one-hot, made once for all layers: from_group [B, 1, G, rows],
+to_group [B, 1, Sk, G]. Cost: `materialised` and `column_sum` write the attention and make some five passes over it; the
+others do what flash attention does.
 """
 
 import torch
@@ -41,5 +41,5 @@ def flex(query, key, from_group, value, block_mask):
 
 
 def forward(query, key, causal):
-    """A layer's own attention of this shape, any values: a yardstick, which returns nothing."""
+    """The attention of a layer of this shape, any values: a lower bound, which returns nothing."""
     F.scaled_dot_product_attention(query, key, key, is_causal=causal, enable_gqa=True)

@@ -18,7 +18,7 @@ def similarity(v, center):
 
 
 def step(v, nearest):
-    """The most dissimilar token, and the greatest similarities once it is chosen too."""
+    """The least similar token, and the maximum similarities once it is chosen too."""
     choice = nearest.argmin(-1)
     return choice, torch.maximum(nearest, similarity(v, choice))
 

@@ -1,15 +1,15 @@
-"""Keeping some tokens as one would write it in PyTorch, tensor after tensor, and the plain copy it stands beside.
+"""Keeping some tokens as one would write it in PyTorch, tensor after tensor, and a plain copy as a lower bound.
 
 All take lists of tensors and make an index of the positions once for all layers, whose tensors have one shape. Cost: a
-read and a write of what is kept; in place twice that, for what is kept passes through a temporary; `gather` reads a
-position for every element. `copy` moves as many bytes, all of them contiguous.
+read and a write of what is kept; in place twice that, because it passes through a temporary; `gather` reads a position
+for every element. `copy` moves as many bytes, all of them contiguous.
 """
 
 import torch
 
 
 def shared(cache, keep):
-    """Whether index_select on caches [B, Hk, S, D] does: it knows one list of positions."""
+    """Whether one list of positions serves caches [B, Hk, S, D], as index_select needs."""
     return cache.shape[0] == 1 and keep.dim() == 2
 
 
@@ -19,7 +19,7 @@ def rows(cache, keep):
 
 
 def places(cache, keep):
-    """What index_select takes: positions [K], or, for more than one list of them, rows of the cache as [B Hk S, D]."""
+    """Index for index_select: positions [K], or for several lists rows of the cache as [B Hk S, D]."""
     if shared(cache, keep):
         return keep[0]
     B, Hk, S, _ = cache.shape
@@ -46,8 +46,8 @@ def index_select_(caches, keep):
 
 
 def _expanded(cache, keep):
-    own = rows(cache, keep)[..., None]
-    return own.expand(*own.shape[:3], cache.shape[-1])
+    index = rows(cache, keep)[..., None]
+    return index.expand(*index.shape[:3], cache.shape[-1])
 
 
 def gather(caches, keep):
@@ -62,7 +62,7 @@ def gather_(caches, keep):
 
 
 def slots(pages, block_table, positions):
-    """(page, slot) of positions [B, K], both [B, K]."""
+    """(page, slot) of positions [B, K], each [B, K]."""
     size = pages.shape[1]
     return block_table.long().gather(1, positions // size), positions % size
 
@@ -91,21 +91,21 @@ def paged_index_select_(tensors, block_table, keep):
 def tokens_index_select(tensors, keep, dim):
     """Tokens of tensors [..., B, S, ...] at dim, one a tensor. index_select where there is one image, else indexing."""
     if keep.shape[0] == 1:
-        return [tensor.index_select(own, keep[0]) for tensor, own in zip(tensors, dim)]
+        return [tensor.index_select(d, keep[0]) for tensor, d in zip(tensors, dim)]
     row = torch.arange(keep.shape[0], device=keep.device)[:, None]
-    return [tensor[(slice(None),) * (own - 1) + (row, keep)] for tensor, own in zip(tensors, dim)]
+    return [tensor[(slice(None),) * (d - 1) + (row, keep)] for tensor, d in zip(tensors, dim)]
 
 
 def tokens_gather(tensors, keep, dim):
     results = []
-    for tensor, own in zip(tensors, dim):
-        index = keep.reshape((1,) * (own - 1) + keep.shape + (1,) * (tensor.dim() - own - 1))
-        results.append(tensor.gather(own, index.expand(*tensor.shape[:own], -1, *tensor.shape[own + 1 :])))
+    for tensor, d in zip(tensors, dim):
+        index = keep.reshape((1,) * (d - 1) + keep.shape + (1,) * (tensor.dim() - d - 1))
+        results.append(tensor.gather(d, index.expand(*tensor.shape[:d], -1, *tensor.shape[d + 1 :])))
     return results
 
 
 def copy(sources, targets=None):
-    """A yardstick, which returns nothing: contiguous tensors copied into others or into new ones, as results are new.
+    """A lower bound, which returns nothing: contiguous tensors copied into others, or into new ones as results are.
 
     Memory that a process has not used before can cost a CPU more than the copy.
     """

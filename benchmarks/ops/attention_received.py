@@ -1,7 +1,7 @@
-"""Attention that every key receives from marked queries: cases, inputs, cost model, check of a result, peers.
+"""Attention that every key receives from marked queries: cases, cost model, check of a result, baselines.
 
-Least cost of a case: the marked queries and the keys read once, a number a head and key written once; a dot product,
-2 D operations, for every head and pair of a marked query and a key that it sees.
+Minimum cost of a case: the marked queries and the keys read once, a number a head and key written once; a dot product,
+2 D operations, for every head and pair of a marked query and a key visible to it.
 """
 
 import itertools
@@ -10,24 +10,13 @@ import torch
 
 import pruneops
 
+from .. import common
 from ..baselines import attention as baselines
-from ..common import NAMES, TOLERANCE, as_reference
-from ..harness import capture
-from ..registry import Check, Operator, Peer
-from .attention_mass import (
-    TEXT,
-    attention_case,
-    blocks,
-    forward_seconds,
-    heads_cost,
-    heads_of_tokens,
-    live_rows,
-    materialised_seconds,
-    prepare_forward,
-    reference_seconds,
-    sampled,
-    verdict,
-)
+from ..registry import Baseline
+from . import attention_mass as mass
+from .attention_mass import attention_case
+
+GPU_TIME_SHARE = 3
 
 
 def _cases(dtype):
@@ -36,117 +25,69 @@ def _cases(dtype):
         end = "-lse" if lse else ""
         yield attention_case(f"last-s3072{end}", 32, 32, 3072, 3072, dtype, rows=1, lse=lse)
         yield attention_case(f"cls-s577{end}", 16, 16, 577, 577, dtype, D=64, rows=1, causal=False, lse=lse)
-        yield attention_case(f"text-s3072{end}", 32, 32, 3072, 3072, dtype, rows=TEXT, lse=lse)
+        yield attention_case(f"text-s3072{end}", 32, 32, 3072, 3072, dtype, rows=mass.TEXT, lse=lse)
         yield attention_case(f"all-s1088{end}", 32, 32, 1088, 1088, dtype, lse=lse)
 
 
 CASES = (
     attention_case("last-s130", 4, 2, 130, 130, torch.float32, D=32, rows=1),
     attention_case("all-s130-lse", 4, 2, 130, 130, torch.float32, D=32, lse=True),
-    *itertools.chain.from_iterable(map(_cases, NAMES)),
+    *itertools.chain.from_iterable(map(_cases, common.DTYPES)),
 )
-TINY = tuple(case.name for case in CASES[:2])
 SETS = {
-    "cpu": {
-        "tiny": TINY,
-        "quick": (
-            "last-s3072-float32",
-            "cls-s577-float32",
-            "text-s3072-float32",
-            "text-s3072-lse-float32",
-            "all-s1088-float32",
-        ),
-        "full": tuple(case.name for case in CASES if case.dtype == torch.float32),
-    },
-    "cuda": {
-        "tiny": TINY,
-        "quick": ("last-s3072-bfloat16", "text-s3072-lse-bfloat16"),
-        "goals": ("last-s3072-bfloat16", "cls-s577-bfloat16", "text-s3072-bfloat16", "text-s3072-lse-bfloat16"),
-        "full": tuple(case.name for case in CASES),
-    },
+    "cpu": common.case_sets(
+        CASES,
+        tiny=2,
+        quick="last-s3072-float32 cls-s577-float32 text-s3072-float32 text-s3072-lse-float32 all-s1088-float32",
+        full=lambda case: case.dtype == torch.float32,
+    ),
+    "cuda": common.case_sets(
+        CASES,
+        tiny=2,
+        quick="last-s3072-bfloat16 text-s3072-lse-bfloat16",
+        goals="last-s3072-bfloat16 cls-s577-bfloat16 text-s3072-bfloat16 text-s3072-lse-bfloat16",
+        full=common.every,
+    ),
 }
 
 
 def arguments(case, device):
-    """A mask of the queries only where some are not marked."""
-    options, marked = heads_of_tokens(case, device)
+    """A mask of the queries only if some are not marked."""
+    options, marked = mass.attention_inputs(case, device)
     return options if case.sizes["rows"] == case.sizes["Sq"] else options | {"query_mask": marked}
 
 
 def call(arguments):
-    """The documented Python face."""
     return pruneops.attention_received(**arguments)
 
 
 def check(case, arguments, result, expected, precision):
-    """Sampled heads within tolerance of float64 beside the most that a key receives; sums of all heads."""
-    if result is None:
-        return Check(True, "a yardstick")
+    """Sampled heads within tolerance of float64, relative to the most that a key receives; sums of all heads."""
     sizes = case.sizes
     if result.shape != (sizes["B"], sizes["H"], sizes["Sk"]):
-        return Check(False, f"WRONG: of shape {list(result.shape)}")
+        return common.wrong(f"of shape {list(result.shape)}")
     errors = [(result.double().sum(-1) / sizes["rows"] - 1).flatten()]
-    for b, h in sampled(sizes):
-        truth = sum(logits.softmax(-1).sum(0) for _, logits in blocks(case, arguments, b, h))
+    for b, h in mass.sampled_heads(sizes):
+        truth = sum(logits.softmax(-1).sum(0) for _, logits in mass.logit_blocks(case, arguments, b, h))
         errors.append((result[b, h] - truth) / truth.amax())
-    return verdict(errors, 2 * TOLERANCE[precision])  # beside one probability, a rounded logit weighs in full
+    return common.check_error(torch.cat(errors), 2 * common.TOLERANCE[precision])  # a single row averages no rounding
 
 
 def cost(case):
-    return heads_cost(case, case.sizes["Sk"])
+    return mass.attention_cost(case, case.sizes["Sk"])
+
+
+reference_seconds = mass.reference_seconds
 
 
 def _prepare_column_sum(case, arguments):
-    rows = live_rows(case, arguments)
-    return lambda: baselines.column_sum(*rows)
+    inputs = mass.counted_inputs(case, arguments)
+    return lambda: baselines.column_sum(*inputs)
 
 
-def _prepare_graph(case, arguments):
-    return capture(_prepare_column_sum(case, arguments))
-
-
-def sanitize(device):
-    """Small shapes: one marked row, some, all; keys masked or not, lse given or not, odd widths and strides."""
-    generator = torch.Generator().manual_seed(6)
-    for B, H, Hk, Sq, Sk, D, dtype, causal, share, given in (
-        (1, 1, 1, 1, 1, 1, torch.float32, True, None, False),
-        (2, 4, 2, 150, 150, 64, torch.float32, True, 0.4, False),
-        (1, 4, 4, 130, 301, 128, torch.bfloat16, False, None, False),
-        (2, 3, 1, 97, 97, 33, torch.float16, True, 0.9, True),
-        (1, 4, 4, 257, 257, 64, torch.bfloat16, False, 0.01, False),
-        (2, 8, 2, 1, 3001, 128, torch.bfloat16, True, None, False),
-        (1, 2, 2, 1, 1025, 72, torch.float16, True, 1.0, True),
-    ):
-        query = torch.randn(B, Sq, H, D + 1, generator=generator).to(dtype)
-        key = torch.randn(B, Hk, Sk, D, generator=generator).to(dtype)
-        masks = (None, None)
-        if share:
-            masks = (torch.rand(B, S, generator=generator) < part for S, part in ((Sq, share), (Sk, 0.8)))
-        lse = torch.rand(B, H, Sq, generator=generator) + 7 if given else None
-
-        def run(to, own=(query, key, *masks, lse), causal=causal):
-            query, key, query_mask, key_mask, lse = (t if t is None else t.to(to) for t in own)
-            options = {"query_mask": query_mask, "key_mask": key_mask, "causal": causal, "lse": lse}
-            return pruneops.attention_received(query[..., 1:].transpose(1, 2), key, **options)
-
-        words = f"B {B} H {H}/{Hk} S {Sq}/{Sk} D {D} {str(dtype).removeprefix('torch.')}"
-        words += f"{' causal' if causal else ''}{f' masks {share:g}' if share else ''}{' lse' if given else ''}"
-        yield words, as_reference(run, device, max(Sq, 10) * TOLERANCE[torch.float32])
-
-
-OPERATOR = Operator(
-    name="attention_received",
-    cases=CASES,
-    sets=SETS,
-    arguments=arguments,
-    call=call,
-    check=check,
-    cost=cost,
-    reference_seconds=reference_seconds,
-    peers={
-        "materialised": Peer(_prepare_column_sum, materialised_seconds),
-        "graph": Peer(_prepare_graph, materialised_seconds, devices=("cuda",)),
-        "sdpa forward": Peer(prepare_forward, forward_seconds),
-    },
-    sanitize=sanitize,
-)
+_COLUMN_SUM = Baseline(_prepare_column_sum, mass.materialised_seconds)
+BASELINES = {
+    "materialised": _COLUMN_SUM,
+    "graph": common.captured(_COLUMN_SUM),
+    "sdpa forward": mass.FORWARD,
+}

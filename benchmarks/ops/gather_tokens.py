@@ -1,6 +1,6 @@
-"""Gathering tokens of what a model's layer takes: cases, inputs, cost model, check of a result, peers.
+"""Gathering tokens of a layer's inputs: cases, cost model, check of a result, baselines.
 
-Hidden states, mRoPE positions, a mask, cosines and sines. Least cost of a case: the kept tokens and their positions
+Hidden states, mRoPE positions, a mask, cosines and sines. Minimum cost of a case: the kept tokens and their positions
 read once, the kept tokens written once; no operations.
 """
 
@@ -11,41 +11,45 @@ import torch
 
 import pruneops
 
+from .. import common
 from ..baselines import token_copy as baselines
-from ..common import NAMES, SHARE, as_reference
-from ..harness import capture, compiled
-from ..registry import Case, Check, Cost, Operator, Peer
-from .kv_compact import as_bytes, ascending, copy_seconds, laid_out, moved_seconds, on_card
+from ..harness import compiled
+from ..registry import Baseline, Check, Cost
+from .kv_compact import ascending, copy_seconds, graph_on_cuda, pass_seconds
 
 DIMS = (1, 2, 1, 1, 1)
 
 
 def _case(B, S, D, rope, dtype):
-    sizes = {"B": B, "S": S, "K": round(SHARE * S), "D": D, "rope": rope}
-    shape = f"hidden states and 4 more, B {B} S {S} -> {round(SHARE * S)} D {D} {NAMES[dtype]}"
-    return Case(f"b{B}-s{S}-d{D}-{NAMES[dtype]}", shape, dtype, sizes)
+    shape = "hidden states and 4 more, B {B} S {S} -> {K} D {D}"
+    return common.case("b{B}-s{S}-d{D}", shape, dtype, B=B, S=S, K=round(common.KEEP * S), D=D, rope=rope)
 
 
 CASES = (
     _case(1, 96, 64, 16, torch.float32),
     _case(3, 96, 64, 16, torch.float32),
-    *(_case(B, 2880, 4096, 128, dtype) for B, dtype in itertools.product((1, 8), NAMES)),
+    *(_case(B, 2880, 4096, 128, dtype) for B, dtype in itertools.product((1, 8), common.DTYPES)),
 )
-TINY = tuple(case.name for case in CASES[:2])
-FULL = tuple(case.name for case in CASES[2:])
+
+
+def _full(case):
+    return case.sizes["S"] == 2880
+
+
 SETS = {
-    "cpu": {"tiny": TINY, "quick": FULL, "full": FULL},
-    "cuda": {
-        "tiny": TINY,
-        "quick": ("b1-s2880-d4096-bfloat16",),
-        "goals": ("b1-s2880-d4096-bfloat16", "b8-s2880-d4096-bfloat16"),
-        "full": FULL,
-    },
+    "cpu": common.case_sets(CASES, tiny=2, quick=_full, full=_full),
+    "cuda": common.case_sets(
+        CASES,
+        tiny=2,
+        quick="b1-s2880-d4096-bfloat16",
+        goals="b1-s2880-d4096-bfloat16 b8-s2880-d4096-bfloat16",
+        full=_full,
+    ),
 }
 
 
 def _shapes(sizes, tokens):
-    """Of the tensors with so many tokens."""
+    """Shapes of the tensors with so many tokens."""
     B, D, rope = (sizes[key] for key in ("B", "D", "rope"))
     return (B, tokens, D), (3, B, tokens), (B, tokens), (B, tokens, rope), (B, tokens, rope)
 
@@ -65,25 +69,23 @@ def arguments(case, device):
 
 
 def call(arguments):
-    """The documented Python face."""
     return pruneops.gather_tokens(**arguments)
 
 
 def check(case, arguments, result, expected, precision):
-    """Every bit is in its place."""
-    if result is None:
-        return Check(True, "a yardstick")
+    """All bits equal."""
     truth = baselines.tokens_gather(**arguments)
     shapes = [list(tensor.shape) for tensor in result]
     if shapes != [list(tensor.shape) for tensor in truth]:
-        return Check(False, f"WRONG: of shapes {shapes}")
-    wrong = [i for i, (own, right) in enumerate(zip(result, truth)) if not as_bytes([own]).equal(as_bytes([right]))]
-    numbers = {"wrong_tensors": len(wrong)}
-    return (
-        Check(False, f"WRONG: other bits in tensors {wrong}", numbers)
-        if wrong
-        else Check(True, "ok, all bits", numbers)
-    )
+        return common.wrong(f"of shapes {shapes}")
+    unequal = [i for i, pair in enumerate(zip(result, truth)) if not torch.equal(*map(_bytes, pair))]
+    if unequal:
+        return common.wrong(f"other bits in tensors {unequal}", wrong_tensors=len(unequal))
+    return Check(True, "ok, all bits", {"wrong_tensors": 0})
+
+
+def _bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def cost(case):
@@ -93,93 +95,28 @@ def cost(case):
     return Cost(kept + 8 * sizes["B"] * sizes["K"], kept, 0)
 
 
-def _seconds(case, ceilings):
-    return moved_seconds(case, ceilings, cost)
+_seconds = reference_seconds = pass_seconds(cost)
 
 
-def _gather_seconds(case, ceilings):
-    return moved_seconds(case, ceilings, cost, passes=4, index=2)
-
-
-def _prepare(form):
-    return lambda case, arguments: lambda: form(**arguments)
+def _prepare(function):
+    return lambda case, arguments: lambda: function(**arguments)
 
 
 def _prepare_compiled(case, arguments):
     return _prepare(compiled(baselines.tokens_index_select, dynamic=False))(case, arguments)
 
 
-def _prepare_graph(case, arguments):
-    return capture(_prepare(baselines.tokens_index_select)(case, arguments))
-
-
 def _prepare_copy(case, arguments):
     counts = map(math.prod, _shapes(case.sizes, case.sizes["K"]))
     sources = [tensor.view(-1)[:count] for tensor, count in zip(arguments["tensors"], counts)]
-    return on_card(lambda: baselines.copy(sources), sources[0])
+    return graph_on_cuda(lambda: baselines.copy(sources), sources[0])
 
 
-def sanitize(device):
-    """Small shapes: one list of tokens and one a row, shared by rows, widths and addresses of all kinds."""
-    generator = torch.Generator().manual_seed(8)
-    half, full, byte, long = torch.bfloat16, torch.float32, torch.uint8, torch.int64
-    for rows, S, K, forms in (
-        (None, 1, 1, [((1,), 0, full, "plain")]),
-        (
-            None,
-            130,
-            60,
-            [((130, 64), 0, half, "plain"), ((3, 130, 5), 1, byte, "odd address"), ((130,), 0, long, "plain")],
-        ),
-        (
-            2,
-            97,
-            150,
-            [((2, 97, 33), 1, half, "odd address"), ((3, 1, 97), 2, long, "plain"), ((2, 97), 1, byte, "plain")],
-        ),
-        (
-            3,
-            300,
-            40,
-            [
-                ((3, 300, 520), 1, half, "plain"),
-                ((1, 300, 16), 1, full, "strided"),
-                ((2, 3, 300, 2, 7), 2, full, "plain"),
-            ],
-        ),
-        (
-            1,
-            700,
-            70,
-            [((1, 700, 2048), 1, half, "plain"), ((4, 1, 700), 2, long, "plain"), ((1, 700), 1, byte, "plain")],
-        ),
-    ):
-        tensors = [laid_out(how, shape, dtype, generator) for shape, _, dtype, how in forms]
-        dims = [dim for _, dim, _, _ in forms]
-        keep = torch.randint(S, (K,) if rows is None else (rows, K), generator=generator)
-
-        def run(to, tensors=tensors, keep=keep, dims=dims):
-            return as_bytes(pruneops.gather_tokens([tensor(to)[1] for tensor in tensors], keep.to(to), dims))
-
-        words = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')} {how}" for shape, _, dtype, how in forms)
-        yield f"keep {list(keep.shape)}: {words}", as_reference(run, device)
-
-
-OPERATOR = Operator(
-    name="gather_tokens",
-    cases=CASES,
-    sets=SETS,
-    arguments=arguments,
-    call=call,
-    check=check,
-    cost=cost,
-    reference_seconds=_seconds,
-    peers={
-        "copy": Peer(_prepare_copy, lambda case, ceilings: copy_seconds(case, ceilings, cost)),
-        "index_select": Peer(_prepare(baselines.tokens_index_select), _seconds),
-        "gather": Peer(_prepare(baselines.tokens_gather), _gather_seconds),
-        "graph": Peer(_prepare_graph, _seconds, devices=("cuda",)),
-        "compiled": Peer(_prepare_compiled, _seconds, compiles=True),
-    },
-    sanitize=sanitize,
-)
+_INDEX_SELECT = Baseline(_prepare(baselines.tokens_index_select), _seconds)
+BASELINES = {
+    "copy": Baseline(_prepare_copy, copy_seconds(cost)),
+    "index_select": _INDEX_SELECT,
+    "gather": Baseline(_prepare(baselines.tokens_gather), pass_seconds(cost, passes=4, index=2)),
+    "graph": common.captured(_INDEX_SELECT),
+    "compiled": Baseline(_prepare_compiled, _seconds, compiles=True),
+}

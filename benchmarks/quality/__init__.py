@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality train` makes the embedded model, `run` measures what pruning does to its answers.
+"""`python -m benchmarks.quality train` trains the embedded model, `run` measures the accuracy of its pruned answers.
 
-lmms.py is the same for people with weights and GPUs: a model of the lmms-eval harness that prunes.
+lmms.py does the same for large models: a model of the lmms-eval harness that prunes.
 """

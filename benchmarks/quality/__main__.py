@@ -22,19 +22,19 @@ BARS = {"digit": 0.9, "colour": 0.9, "list": 0.8, "compare": 0.8, "count": 0.8}
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
-    train = what.add_parser("train", help="train the embedded model, or go on with it")
+    train = what.add_parser("train", help="train the embedded model, or resume its training")
     train.add_argument("--out", type=Path, default=ROOT / "build" / "quality", metavar="FOLDER")
     train.add_argument("--tower", type=int, metavar="STEPS", help="steps on dense labels")
     train.add_argument("--questions", type=int, metavar="STEPS", help="steps on questions")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--restart", action="store_true", help="forget an earlier run's checkpoint")
+    train.add_argument("--restart", action="store_true", help="ignore an earlier run's checkpoint")
     train.add_argument(
-        "--ship", action="store_true", help="put the weights into the package and the curve into results"
+        "--ship", action="store_true", help="copy the weights into the package and the curve into results"
     )
     train.add_argument(
-        "--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) // 2)), help="that make scenes"
+        "--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) // 2)), help="processes that make scenes"
     )
-    train.add_argument("--scenes", type=int, default=2000, help="held-out scenes to ask about at the end")
+    train.add_argument("--scenes", type=int, default=2000, help="held-out scenes for the final evaluation")
     run = what.add_parser("run", help="every method x budget x kind of question")
     run.add_argument("--methods", help="comma-separated; default: all")
     run.add_argument("--keep", help="comma-separated shares; default: 0.5,0.25,0.1,0.05")
@@ -58,14 +58,14 @@ def train(options):
     from .train import STAGES, train
 
     steps = {stage: getattr(options, stage) or count for stage, count in STAGES.items()}
-    company = machine.Company()
+    load = machine.BackgroundLoad()
     weights, seconds = train(
         options.out, steps=steps, seed=options.seed, device=options.device, workers=options.workers,
         restart=options.restart,
     )  # fmt: skip
     rows = quality.measure(weights, options.device, chosen=(), seeds=HELD_OUT, count=options.scenes // len(HELD_OUT))
     document = machine.facts(torch.device(options.device)) | {
-        "steps": steps, "seed": options.seed, "seconds": round(seconds), "others_share": company.share(),
+        "steps": steps, "seed": options.seed, "seconds": round(seconds), "others_share": load.share(),
         "weights": checksum(weights), "rows": rows,
     }  # fmt: skip
     report.write(options.out / "training.json", document)
@@ -99,11 +99,11 @@ def run(options, parser):
     weights = options.weights or embedded.WEIGHTS
     if not (weights / "model.safetensors").is_file():
         parser.error(f"--weights {weights}: no model.safetensors there")
-    company, start = machine.Company(), time.monotonic()
+    load, start = machine.BackgroundLoad(), time.monotonic()
     rows = quality.measure(weights, options.device, chosen=chosen, keeps=keeps, count=options.scenes or quality.SCENES)
     document = machine.facts(torch.device(options.device)) | {
         "weights": checksum(weights), "seeds": quality.SEEDS, "scenes": options.scenes or quality.SCENES,
-        "seconds": round(time.monotonic() - start), "others_share": company.share(), "rows": rows,
+        "seconds": round(time.monotonic() - start), "others_share": load.share(), "rows": rows,
     }  # fmt: skip
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0])

@@ -9,8 +9,8 @@ How to run it with 7B weights, on a machine with a GPU and a CUDA build of torch
     accelerate launch --num_processes 8 -m benchmarks.quality.lmms --model pruneops_hf --tasks mme,pope \
         --model_args pretrained=Qwen/Qwen2.5-VL-7B-Instruct,max_pixels=1605632,method=dart,keep=0.25
 
-The module only makes the model known to lmms-eval and hands over: every option is the harness's own. `method=none` is
-the unpruned model to compare with. `keep` is a share with a point (0.25, 1.0) or a count without (64). For other
+The module registers the model with lmms-eval and runs its command line, with all options of the harness. `method=none`
+is the unpruned model to compare with. `keep` is a share with a point (0.25, 1.0) or a count without (64). For other
 settings `method` takes JSON or a file of it: 'method={"method": "fastv", "layer": 3},keep=0.5', method=fastv.json.
 Visual tokens, and how many of them each decoder layer keeps, are in the `token_counts` of every logged sample; the
 first process's means are in `throughput` of the results.
@@ -48,7 +48,7 @@ NEW_TOKENS = 1024  # where a task sets no limit
 
 @dataclass
 class Counts(TokenCounts):
-    """Tokens of a request; of visual ones how many came and how many each decoder layer keeps, None without pruning."""
+    """Tokens of a request; visual tokens before pruning and in each decoder layer, None without pruning."""
 
     visual_tokens: int | None = None
     visual_tokens_kept: list | None = None
@@ -59,7 +59,7 @@ class Counts(TokenCounts):
 
 
 class PruneopsHF(lmms):
-    """A transformers model behind its own chat template, pruned.
+    """A transformers model with its chat template, pruned.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class PruneopsHF(lmms):
         Limits on an image, for processors that know them (Qwen).
     """
 
-    is_simple = False  # asks tasks for conversations
+    is_simple = False  # takes conversations from tasks
 
     def __init__(
         self, pretrained, method="none", keep=None, device=None, dtype="auto", batch_size=1, attn_implementation=None,
@@ -89,8 +89,8 @@ class PruneopsHF(lmms):
         self.batch_size = _batch_size(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        own = device is None or self.world_size > 1
-        self.device = self.accelerator.device if own else torch.device(device)
+        assigned = device is None or self.world_size > 1
+        self.device = self.accelerator.device if assigned else torch.device(device)
         pixels = {name: value for name, value in dict(min_pixels=min_pixels, max_pixels=max_pixels).items() if value}
         self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision, **pixels)
         tokenizer = self.processor.tokenizer
@@ -143,8 +143,8 @@ class PruneopsHF(lmms):
         texts = [cut(text, settings) for text in self.processor.batch_decode(new, skip_special_tokens=True)]
         lengths = zip(inputs["attention_mask"].sum(1).tolist(), (new != pad).sum(1).tolist())
         visual, seconds = self._visual(len(batch))
-        counts = [Counts(came, made, None, *own) for (came, made), own in zip(lengths, visual)]
-        return [GenerationResult(text, own) for text, own in zip(texts, counts)], seconds
+        counts = [Counts(prompt, new, None, *tokens) for (prompt, new), tokens in zip(lengths, visual)]
+        return [GenerationResult(text, count) for text, count in zip(texts, counts)], seconds
 
     def _visual(self, rows):
         """([(visual tokens, those of every layer)] of each request of the last batch, seconds spent on selection)."""
@@ -152,20 +152,20 @@ class PruneopsHF(lmms):
             return [(None, None)] * rows, 0.0
         stats = self.handle.stats.pop()
         beams = len(stats.images) // rows
-        came = [sum(images) for images in stats.images[::beams]]
+        before = [sum(images) for images in stats.images[::beams]]
         kept = [[sum(images) for images in row] for row in zip(*(layer[::beams] for layer in stats.kept))]
-        return [(n, own) if n else (None, None) for n, own in zip(came, kept)], stats.seconds
+        return [(n, layers) if n else (None, None) for n, layers in zip(before, kept)], stats.seconds
 
     def _report(self, counts, seconds, selection):
-        made = sum(own.output_tokens for own in counts)
-        pruned = [own for own in counts if own.visual_tokens is not None]
+        generated = sum(count.output_tokens for count in counts)
+        pruned = [count for count in counts if count.visual_tokens is not None]
         extra = {"total_requests": len(counts)}
         if pruned:
             layers = len(pruned[0].visual_tokens_kept)
-            extra["visual_tokens"] = sum(own.visual_tokens for own in pruned) / len(pruned)
-            extra["visual_tokens_kept"] = sum(sum(own.visual_tokens_kept) for own in pruned) / len(pruned) / layers
+            extra["visual_tokens"] = sum(count.visual_tokens for count in pruned) / len(pruned)
+            extra["visual_tokens_kept"] = sum(sum(count.visual_tokens_kept) for count in pruned) / len(pruned) / layers
             extra["selection_seconds"] = selection / len(counts)
-        log_metrics(seconds, made, made / seconds, extra)
+        log_metrics(seconds, generated, generated / seconds, extra)
 
 
 def method_of(method, keep=None):
@@ -186,7 +186,7 @@ def method_of(method, keep=None):
     Raises
     ------
     ValueError
-        On anything that is no method, or settings that it does not have.
+        If `method` names no method, or on unknown or bad settings.
     """
     if method == "none":
         if keep is not None:
@@ -212,7 +212,7 @@ def generation(settings):
 
 
 def cut(text, settings):
-    """The text before the first of the task's stop words; an empty line, the harness's default, stops nothing."""
+    """The text before the first of the task's stop words; an empty line, the harness's default, is ignored."""
     stops = settings.get("until") or []
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text if stop == "\n\n" else text.split(stop)[0]
@@ -242,7 +242,7 @@ def _batch_size(value):
     return int(value)
 
 
-# What an entry point of the group lmms_eval.models would load; the package does not ship benchmarks, so it has none.
+# An entry point of the group lmms_eval.models would do the same, but the package does not ship benchmarks.
 MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, chat_class_path="benchmarks.quality.lmms.PruneopsHF"))
 
 

@@ -1,8 +1,8 @@
-"""Which answers of the embedded model survive which pruning: every method x budget x kind of question.
+"""Accuracy of the embedded model's answers by method, budget and kind of question.
 
-A scene is asked one question of every kind; the same scenes and questions go to all methods, tens of rows at a time,
-through `pruneops.patch`. An answer is right if every word of it is. Intervals are at 95 %: Wilson's for one kind of
-question, whose answers are independent, and over all kinds the normal one of the scenes' means.
+There is one question of every kind per scene; all methods get the same scenes and questions, in batches, through
+`pruneops.patch`. An answer is right if every word is. Intervals are at 95 %: Wilson's for one kind of question, whose
+answers are independent, and the normal one of the scenes' means over all kinds.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import pruneops
 from pruneops import methods
 from pruneops.demo import model as embedded
 from pruneops.demo import scenes
-from pruneops.methods._base import Budgeted
+from pruneops.methods.base import Budgeted
 
 KEEPS = 0.5, 0.25, 0.1, 0.05
 SEEDS = 0, 1, 2
@@ -31,7 +31,7 @@ SCENES = 100  # of each seed
 ROWS = 40  # of a batch
 Z = 1.96
 UNPRUNED, FOREGROUND = "unpruned", "foreground"
-LINES = {  # of the baselines and the upper line
+LINES = {  # styles of the baselines and the upper bound
     "random": {"color": "#111111", "ls": "--"},
     "uniform": {"color": "#777777", "ls": "--"},
     FOREGROUND: {"color": "#c99700", "ls": ":"},
@@ -40,13 +40,14 @@ LINES = {  # of the baselines and the upper line
 
 @dataclass(frozen=True, kw_only=True)
 class Foreground(Budgeted):
-    """The upper line: it knows where the digits are, and keeps tokens of each in turn, then others at random.
+    """An upper bound: knows where the digits are, and keeps tokens of each in turn, then others at random.
 
     Parameters
     ----------
     keep : float or int
+        Of every image.
     owners : sequence of array [ROW, ROW]
-        `Scene.owner` of every row of the batch, which are asked in their order.
+        `Scene.owner` of every row of the batch, in order.
     """
 
     owners: tuple = ()
@@ -61,12 +62,12 @@ class Foreground(Budgeted):
         self.rows.append(owner)
         rng = np.random.default_rng(len(self.rows))
         ranks = [rng.permutation(np.flatnonzero(owner == i)) for i in range(owner.max() + 1)]
-        turns = [own[turn] for turn in range(max(map(len, ranks), default=0)) for own in ranks if turn < len(own)]
+        turns = [of[turn] for turn in range(max(map(len, ranks), default=0)) for of in ranks if turn < len(of)]
         order = np.concatenate([turns, rng.permutation(np.flatnonzero(owner < 0))]).astype(np.int64)
         return [torch.from_numpy(np.sort(order[: self.budget(len(owner))]))]
 
 
-METHODS = {  # of the budget, the owners of a batch's rows, its number; VTW has no budget: it is a part of the layers
+METHODS = {  # functions of the budget, the owners of a batch's rows, its number; VTW has a share of the layers instead
     "todre": lambda keep, *_: methods.ToDRE(keep=keep),
     "dart": lambda keep, *_: methods.DART(keep=keep),
     "fastv": lambda keep, *_: methods.FastV(keep=keep),
@@ -80,14 +81,14 @@ METHODS = {  # of the budget, the owners of a batch's rows, its number; VTW has 
 
 
 def questions_of(seed, count):
-    """(scenes, [(number of a scene, Question)]): of every test scene one question of each kind."""
+    """(scenes, [(number of a scene, Question)]): one question of each kind per test scene."""
     seen, asked = [scenes.scene("test", seed, number) for number in range(count)], []
     for number, scene in enumerate(seen):
         rng = np.random.default_rng([seed, number, 11])
-        found = scenes.questions(scene.objects, rng)
+        questions = scenes.questions(scene.objects, rng)
         for kind in scenes.KINDS:
-            own = [question for question in found if question.kind == kind]
-            asked.append((number, own[rng.integers(len(own))]))
+            candidates = [question for question in questions if question.kind == kind]
+            asked.append((number, candidates[rng.integers(len(candidates))]))
     return seen, asked
 
 
@@ -118,7 +119,7 @@ def measure(weights, device="cpu", *, chosen=tuple(METHODS), keeps=KEEPS, seeds=
     weights : Path
         Folder of the model.
     device : str
-        On "cpu" every core has a process of its own.
+        On "cpu" with a process per core.
     chosen : sequence of str
         Of METHODS.
     keeps : sequence of float
@@ -135,19 +136,19 @@ def measure(weights, device="cpu", *, chosen=tuple(METHODS), keeps=KEEPS, seeds=
     settings = [(UNPRUNED, 1.0), *itertools.product(chosen, keeps)]
     jobs = [(name, keep, seed, count) for name, keep in settings for seed in seeds]
     with workers(weights, device) as each:
-        found = list(tqdm(each(answer, jobs), "quality", len(jobs), unit=" runs", disable=None))
+        results = list(tqdm(each(answer, jobs), "quality", len(jobs), unit=" runs", disable=None))
     rows = []
     for i, (name, keep) in enumerate(settings):
-        own = found[i * len(seeds) : (i + 1) * len(seeds)]
-        flags = np.array([flags for flags, _ in own]).reshape(len(seeds), count, len(scenes.KINDS))
-        tokens = round(statistics.fmean(tokens for _, tokens in own), 2)
+        of_setting = results[i * len(seeds) : (i + 1) * len(seeds)]
+        flags = np.array([flags for flags, _ in of_setting]).reshape(len(seeds), count, len(scenes.KINDS))
+        tokens = round(statistics.fmean(tokens for _, tokens in of_setting), 2)
         rows += [{"method": name, "keep": keep, **row, "tokens": tokens} for row in summary(flags)]
     return rows
 
 
 @contextlib.contextmanager
 def workers(weights, device):
-    """A `map` whose calls find the model: over processes of one thread each on a CPU, here on a GPU."""
+    """A `map` whose calls have the model: over processes of one thread each on a CPU, in this process on a GPU."""
     if device != "cpu":
         start(weights, device)
         yield map
@@ -162,7 +163,7 @@ def workers(weights, device):
 
 
 def start(weights, device):
-    """Load the model, once a process; an interrupt is for the parent."""
+    """Load the model, once per process; workers leave an interrupt to the parent."""
     global model
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -181,11 +182,11 @@ def summary(flags):
     """A row for each kind and one for all of flags [seeds, scenes, kinds]."""
     rows = []
     for i, kind in enumerate((*scenes.KINDS, "all")):
-        own = flags.mean(2) if kind == "all" else flags[..., i]
+        values = flags.mean(2) if kind == "all" else flags[..., i]
         interval = around if kind == "all" else wilson
-        accuracy, low, high = interval(own)
-        asked = int(flags.size if kind == "all" else own.size)
-        by_seed = [interval(each) for each in own]
+        accuracy, low, high = interval(values)
+        asked = int(flags.size if kind == "all" else values.size)
+        by_seed = [interval(each) for each in values]
         rows.append({"kind": kind, "accuracy": accuracy, "low": low, "high": high, "by_seed": by_seed, "asked": asked})
     return rows
 
@@ -209,13 +210,13 @@ def rounded(*shares):
 
 
 def text(rows, kind="all"):
-    """The table of one kind: methods down, budgets across."""
+    """The table of one kind: a row per method, a column per budget."""
     keeps = sorted({row["keep"] for row in rows if row["method"] != UNPRUNED}, reverse=True)
-    found = {(row["method"], row["keep"]): row for row in rows if row["kind"] == kind}
-    unpruned = found[UNPRUNED, 1.0]
+    cells = {(row["method"], row["keep"]): row for row in rows if row["kind"] == kind}
+    unpruned = cells[UNPRUNED, 1.0]
     lines = [f"{'right answers, ' + kind:24}" + "".join(f"{f'{keep:.0%}':>15}" for keep in keeps)]
-    for name in dict.fromkeys(name for name, _ in found if name != UNPRUNED):
-        lines.append(f"{name:24}" + "".join(f"{cell(found[name, keep]):>15}" for keep in keeps))
+    for name in dict.fromkeys(name for name, _ in cells if name != UNPRUNED):
+        lines.append(f"{name:24}" + "".join(f"{cell(cells[name, keep]):>15}" for keep in keeps))
     return "\n".join([*lines, f"{UNPRUNED:24}{cell(unpruned):>15}"])
 
 
@@ -224,26 +225,26 @@ def cell(row):
 
 
 def plot(rows, picture):
-    """Curves: right answers over the budget, a panel for all and for each kind."""
+    """Curves of accuracy over the budget, one panel for all kinds and one for each."""
     from matplotlib.figure import Figure
 
     names = [name for name in dict.fromkeys(row["method"] for row in rows) if name != UNPRUNED]
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
     for axes, kind in zip(panels, ("all", *scenes.KINDS)):
-        own = [row for row in rows if row["kind"] == kind]
+        of_kind = [row for row in rows if row["kind"] == kind]
         for i, name in enumerate(names):
             line = sorted(
-                (row["keep"], row["accuracy"], row["low"], row["high"]) for row in own if row["method"] == name
+                (row["keep"], row["accuracy"], row["low"], row["high"]) for row in of_kind if row["method"] == name
             )
             keep, accuracy, low, high = zip(*line)
             style = LINES.get(name, {"color": f"C{i}"})
             axes.plot(keep, accuracy, marker="o", ms=4, label=name, **style)
             axes.fill_between(keep, low, high, alpha=0.12, color=style["color"], lw=0)
-        (whole,) = (row for row in own if row["method"] == UNPRUNED)
-        axes.axhline(whole["accuracy"], color="k", lw=1, label=UNPRUNED)
+        (unpruned,) = (row for row in of_kind if row["method"] == UNPRUNED)
+        axes.axhline(unpruned["accuracy"], color="k", lw=1, label=UNPRUNED)
         axes.set(title=kind, xscale="log", ylim=(0, 1.02))
-        axes.set_xticks(sorted({row["keep"] for row in own if row["method"] != UNPRUNED}))
+        axes.set_xticks(sorted({row["keep"] for row in of_kind if row["method"] != UNPRUNED}))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -1,10 +1,10 @@
 """Training of the embedded model: first its tower on dense labels, then the rest of it on questions.
 
-Warm-up: crowded scenes, in which every visual token names the digit and the colour that cover it and draws that digit,
-and [CLS] names all digits and colours. Then the tower stays as it is, and the decoder answers all questions about a
-scene in one sequence, in which each question sees the image and itself; a random part of the visual tokens is left
-out, digits' tokens more or less often, so that none of them is needed and their share says nothing. Attention of the
-tower starts at the tokens' neighbours, from a 2-D sin-cos table.
+Stage "tower": crowded scenes; every visual token predicts the digit and colour that cover it and a drawing of that
+digit, and [CLS] predicts all digits and colours. Stage "questions": the tower is frozen, and the decoder answers all
+questions about a scene in one sequence, in which each question sees the image and itself; a random part of the visual
+tokens is left out, digits' tokens more or less often, so that none of them is needed and their share carries no
+information. Attention of the tower starts at the tokens' neighbours, from a 2-D sin-cos table.
 """
 
 import csv
@@ -25,7 +25,7 @@ from pruneops.demo import scenes
 DIGITS, COLOURS, DRAWING = 10, len(scenes.NAMES), 8
 TOKENS = scenes.ROW**2
 PACK = 120  # text tokens of a scene
-BATCH = 8  # scenes a step: on a CPU many small steps learn sooner than few large ones
+BATCH = 8  # scenes per step: on a CPU many small steps train faster than few large ones
 STAGES = {"tower": 5000, "questions": 2200}  # steps
 MUON, ADAM = 0.02, 3e-3  # learning rates of matrices within layers, of everything else
 RISE, FALL = 100, 0.5  # steps of warm-up; share of a stage in which the learning rate falls to 0
@@ -33,7 +33,7 @@ SAVE = 60.0  # seconds between checkpoints
 
 
 def train(folder, *, steps=None, seed=0, device="cpu", workers=1, restart=False):
-    """Train, from where the last run in this folder stopped.
+    """Train, resuming the last run in this folder.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def train(folder, *, steps=None, seed=0, device="cpu", workers=1, restart=False)
     steps : dict of str to int, optional
         Steps of each stage.
     seed : int
-        Of weights, scenes and draws.
+        Of weights, scenes and random choices.
     device : str
     workers : int
         Processes that make scenes.
@@ -52,7 +52,7 @@ def train(folder, *, steps=None, seed=0, device="cpu", workers=1, restart=False)
     Returns
     -------
     tuple of Path and float
-        Folder of the weights; seconds that all steps took, those of earlier runs too.
+        Folder of the weights; seconds of all steps, including earlier runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, steps or STAGES, seed, device, workers)
@@ -63,7 +63,7 @@ def train(folder, *, steps=None, seed=0, device="cpu", workers=1, restart=False)
         for stage in run.steps:
             run.stage(stage)
     except KeyboardInterrupt:
-        if run.whole:
+        if run.consistent:
             run.save()
         if run.checkpoint.exists():
             print(f"interrupted; the same command goes on from {run.checkpoint}")
@@ -74,7 +74,7 @@ def train(folder, *, steps=None, seed=0, device="cpu", workers=1, restart=False)
 
 
 class Run:
-    """A training run: model, optimizers and where it stands."""
+    """A training run: model, optimizers and progress."""
 
     def __init__(self, folder, steps, seed, device, workers):
         from transformers import LlavaForConditionalGeneration
@@ -82,11 +82,11 @@ class Run:
         torch.manual_seed(seed)
         self.folder, self.steps, self.seed, self.device, self.workers = folder, steps, seed, device, workers
         self.checkpoint, self.done, self.rows, self.seconds = folder / "checkpoint.pt", dict.fromkeys(steps, 0), [], 0.0
-        self.whole = True  # no step is half taken
+        self.consistent = True  # false within a step
         self.model = LlavaForConditionalGeneration(embedded.configuration())
         self.tower = self.model.model.vision_tower
         self.heads = Heads(self.model.config.vision_config.hidden_size)
-        look_at_neighbours(self.tower)
+        attend_to_neighbours(self.tower)
         self.model.to(device), self.heads.to(device)
         rest = [p for name, p in self.model.named_parameters() if "vision_tower" not in name]
         self.optimizers = {
@@ -109,11 +109,11 @@ class Run:
             step = self.tower_loss if tower else self.questions_loss
             loss, right = step(pixels.to(self.device), *(label.to(self.device) for label in labels))
             gradients(self.optimizers[stage], loss)
-            self.whole = False
+            self.consistent = False
             for optimizer in self.optimizers[stage]:
                 optimizer.step()
             self.done[stage] += 1
-            self.whole = True
+            self.consistent = True
             self.seconds, last = self.seconds + time.monotonic() - last, time.monotonic()
             now = loss.item(), right.item()
             recent = now if recent is None else [0.98 * old + 0.02 * new for old, new in zip(recent, now)]
@@ -139,12 +139,12 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
-            "optimizers": {stage: [o.state_dict() for o in own] for stage, own in self.optimizers.items()},
+            "optimizers": {stage: [o.state_dict() for o in group] for stage, group in self.optimizers.items()},
             "progress": [self.done, self.rows, self.seconds, self.seed],
         }
 
     def save(self):
-        """The checkpoint, whole or not at all."""
+        """Write the checkpoint, atomically, and the loss table."""
         part = self.checkpoint.with_suffix(".part")
         torch.save(self.state(), part)
         os.replace(part, self.checkpoint)
@@ -160,8 +160,8 @@ class Run:
             raise SystemExit(f"{self.checkpoint} was trained with --seed {seed}; go on with it, or add --restart")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
-        for stage, own in self.optimizers.items():
-            for optimizer, saved in zip(own, state["optimizers"][stage]):
+        for stage, group in self.optimizers.items():
+            for optimizer, saved in zip(group, state["optimizers"][stage]):
                 optimizer.load_state_dict(saved)
         self.done, self.rows, self.seconds = done, rows, seconds
 
@@ -212,7 +212,7 @@ def packed(scene, rng):
 
 
 class Heads(nn.Module):
-    """What the warm-up reads off the tower."""
+    """Output heads on the tower, for the stage "tower"."""
 
     def __init__(self, width):
         super().__init__()
@@ -233,11 +233,11 @@ class Heads(nn.Module):
         return loss + image, (of_digit.argmax(-1) == digit)[covered].float().mean()
 
 
-def look_at_neighbours(tower, sharpness=1.5, size=0.5):
-    """Start the tower with heads that look at a token's neighbours.
+def attend_to_neighbours(tower, sharpness=1.5, size=0.5):
+    """Initialise the tower with heads that attend to a token's neighbours.
 
     The first 32 numbers of a position are sines and cosines of its row and its column, in frequencies at which
-    different rows are orthogonal; a query is turned by the offset, so its product with that neighbour is greatest.
+    different rows are orthogonal; a query is rotated by the offset, so its product with that neighbour is largest.
     """
     count = 8
     frequency = math.pi * (torch.arange(count) + 0.5) / count
@@ -252,7 +252,7 @@ def look_at_neighbours(tower, sharpness=1.5, size=0.5):
 
     side, diagonal = [(0, 1), (0, -1), (1, 0), (-1, 0)], [(1, 1), (1, -1), (-1, 1), (-1, -1)]
     far = [(0, 2), (0, -2), (2, 0), (-2, 0)]
-    body = getattr(tower, "vision_model", tower)  # one level down in early versions
+    body = getattr(tower, "vision_model", tower)  # in a submodule in early versions
     row, column = torch.meshgrid(*2 * [torch.arange(scenes.ROW).float()], indexing="ij")
     with torch.no_grad():
         table = body.embeddings.position_embedding.weight.zero_()
@@ -278,38 +278,38 @@ def optimizers(parameters):
     ]
 
 
-def rate(own, step, steps):
-    """Set the learning rates: they rise, stay, and fall to 0 in a line."""
+def rate(optimizers, step, steps):
+    """Set the learning rates: linear warm-up, constant, linear decay to 0."""
     part = min(1, (step + 1) / RISE, (steps - step) / (FALL * steps))
-    for optimizer, full in zip(own, (MUON, ADAM)):
+    for optimizer, full in zip(optimizers, (MUON, ADAM)):
         for group in optimizer.param_groups:
             group["lr"] = part * full
 
 
-def gradients(own, loss):
-    """Those of a loss, clipped for each optimizer."""
-    for optimizer in own:
+def gradients(optimizers, loss):
+    """Gradients of a loss, clipped for each optimizer."""
+    for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
-    for optimizer in own:
+    for optimizer in optimizers:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
 
 
 def kept_tokens(covered, share):
-    """Ascending random ranks [B, k] of visual tokens, in half of the scenes with a leaning towards `covered` ones.
+    """Ascending random ranks [B, k] of visual tokens, in half of the scenes biased towards `covered` ones.
 
-    So how many of the tokens that are left show digits says little about how many digits there are.
+    So the share of digits' tokens among the kept ones says little about the number of digits.
     """
     k = max(8, round(share * TOKENS))
-    leaning = torch.rand(len(covered), 1) * (torch.rand(len(covered), 1) < 0.5)
-    order = torch.rand(covered.shape) - leaning * covered.cpu()
+    bias = torch.rand(len(covered), 1) * (torch.rand(len(covered), 1) < 0.5)
+    order = torch.rand(covered.shape) - bias * covered.cpu()
     return order.argsort(1)[:, :k].sort(1).values
 
 
 def answered(model, features, keep, text):
     """(logits of every answer's tokens, their labels, flags [B, PACK] of where they are).
 
-    All questions at once: the mask lets everyone see <bos> and the image, and each question itself.
+    All questions at once: by the mask every question sees <bos>, the image and itself.
     """
     ids, labels, question, position = text.unbind(1)
     keep = keep.to(ids.device)
@@ -352,8 +352,10 @@ def plot(table, picture):
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2), ("loss", "right")):
         for stage in dict.fromkeys(row["stage"] for row in rows):
-            own = [row for row in rows if row["stage"] == stage]
-            axes.plot([int(row["seconds"]) / 60 for row in own], [float(row[column]) for row in own], label=stage)
+            of_stage = [row for row in rows if row["stage"] == stage]
+            axes.plot(
+                [int(row["seconds"]) / 60 for row in of_stage], [float(row[column]) for row in of_stage], label=stage
+            )
         axes.set(xlabel="minutes", ylabel={"loss": "loss", "right": "share right"}[column])
         axes.grid(alpha=0.3)
     axes.legend()

@@ -1,7 +1,8 @@
-// Attention that every key receives from marked queries. Where rows are few (attention.h) one pass over the keys, whose
-// logits are kept: kFewQueries floats a key and head at most. Else one pass for the lse, if it is not given, and one
-// for the probabilities, each as costly as attention_mass; a task takes all rows of a head through kChunk keys, whose
-// sums over panels are double.
+// attention_received: attention that every key receives from the queries of a mask.
+// Decode path (at most kDecodeQueries queries per head): one pass over the keys, logits kept, at most kDecodeQueries
+// floats per key and head. Otherwise two passes, each with the cost of attention_mass: one for the lse, unless given,
+// and one for the probabilities, whose tasks are all rows of a head times kChunk keys, summed over panels in double.
+// docs/kernels/attention.md
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -38,15 +39,15 @@ Tensor attention_received(Tensor query, Tensor key, std::optional<Tensor> query_
   Attention attention(query, key, groups_of(query_mask, batch, queries), groups_of(key_mask, batch, keys), 1, causal,
                       scale, lse);
   attention.keep_logits();
-  attention.sum(!lse);
+  attention.compute_states(!lse);
 
-  Buffer own_lse(lse ? 0 : batch * heads * queries);
+  Buffer computed_lse(lse ? 0 : batch * heads * queries);
   if (!lse)
-    each(attention.heads.size(), batch * heads * queries * Attention::kRowWork, [&](int64_t i) {
+    dynamic_parallel_for(attention.heads.size(), batch * heads * queries * Attention::kMergeWork, [&](int64_t i) {
       Heads& h = attention.heads[i];
-      float* to = own_lse + i * h.heads * queries;
+      float* to = computed_lse + i * h.heads * queries;
       for (int64_t r = 0; r < h.rows; ++r)
-        to[r % h.heads * queries + h.positions[r / h.heads]] = attention.row(h, r).lse;
+        to[r % h.heads * queries + h.positions[r / h.heads]] = attention.merge_states(h, r).lse;
       h.lse = to, h.lse_head_stride = queries, h.lse_stride = 1;
     });
 
@@ -61,15 +62,15 @@ Tensor attention_received(Tensor query, Tensor key, std::optional<Tensor> query_
   std::vector<Task> tasks;
   int64_t work = 0;
   for (const Heads& h : attention.heads) {
-    work += h.rows * h.key_count * (h.few() ? 32 : h.width);
+    work += h.rows * h.key_count * (h.is_decode() ? 32 : h.head_dim);
     for (int64_t head = 0; head < h.heads; ++head, received += keys)
-      for (int64_t begin = 0; begin < h.key_count; begin += h.few() ? h.key_count : kChunk)
+      for (int64_t begin = 0; begin < h.key_count; begin += h.is_decode() ? h.key_count : kChunk)
         tasks.push_back({&h, head, begin, received});
   }
   const AttentionKernels& kernels = attention_kernels();
-  each(tasks.size(), work, [&](int64_t i) {
+  dynamic_parallel_for(tasks.size(), work, [&](int64_t i) {
     const auto& [all, head, begin, to] = tasks[i];
-    if (all->few()) return kernels.few_received(*all, head, to);
+    if (all->is_decode()) return kernels.decode_received(*all, head, to);
     Heads h = *all;
     h.query = static_cast<const char*>(h.query) + head * h.head_stride * size_of(h.type);
     h.lse += head * h.lse_head_stride;

@@ -1,4 +1,4 @@
-// What the CPU kernels share outside their vector code.
+// Types and constants that all CPU kernels share.
 #pragma once
 
 #include <bit>
@@ -11,7 +11,7 @@ namespace pruneops {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Element types as plain bits; simd.h widens them.
+// 16-bit float types as bits; simd.h converts them to float32.
 struct Half {
   uint16_t bits;
 };
@@ -22,34 +22,35 @@ enum class Element { kFloat, kHalf, kBFloat16 };
 
 inline int64_t size_of(Element type) { return type == Element::kFloat ? 4 : 2; }
 
-constexpr int64_t kPad = 16;  // widest vector, in floats
+constexpr int64_t kPad = 16;  // floats in the widest SIMD vector; rows are padded to a multiple
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Uninitialised floats, the first at the start of a cache line.
+// Uninitialised floats, aligned to a cache line.
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<float*>(::operator new(size * sizeof(float), kLine))) {}
+  explicit Buffer(int64_t size) : data_(static_cast<float*>(::operator new(size * sizeof(float), kCacheLine))) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, kLine); }
+  ~Buffer() { ::operator delete(data_, kCacheLine); }
   operator float*() const { return data_; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
+  static constexpr std::align_val_t kCacheLine{64};
   float* data_;
 };
 
-// Scores as unsigned integers that sort alike (-0 equals 0), and lexicographic (score, index) as one integer.
+// A key orders tokens by (score, index): ordered_bits(score) in the upper half, the index in the lower.
 using Key = uint64_t;
 constexpr Key kLastKey = ~Key{0};
-constexpr uint32_t kOrderedInfinity = 0xff800000u, kTaken = ~0u;
+constexpr uint32_t kOrderedInfinity = 0xff800000u, kTaken = ~0u;  // kTaken sorts after every score
 
-inline uint32_t ordered(float score) {
+// The bits of a score, mapped so that unsigned comparison sorts as the scores do; -0 equals +0.
+inline uint32_t ordered_bits(float score) {
   const auto bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 becomes +0
   return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
 }
 
-inline Key make_key(uint32_t order, int64_t index) { return Key{order} << 32 | uint32_t(index); }
+inline Key make_key(uint32_t score_bits, int64_t index) { return Key{score_bits} << 32 | uint32_t(index); }
 
 }  // namespace pruneops

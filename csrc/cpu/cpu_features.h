@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this machine runs.
+// The instruction set that the CPU kernels use on this machine.
 #pragma once
 
 #include <cstdlib>
@@ -16,9 +16,9 @@ inline const char* name(CpuCapability capability) {
   }
 }
 
-// PRUNEOPS_CPU_CAPABILITY=default|avx2 lowers it (never raises it); read once.
+// The best compiled instruction set that the CPU supports. PRUNEOPS_CPU_CAPABILITY=default|avx2 (read once) lowers it.
 inline CpuCapability cpu_capability() {
-  static const CpuCapability found = [] {
+  static const CpuCapability capability = [] {
     CpuCapability best = CpuCapability::kDefault;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -33,7 +33,7 @@ inline CpuCapability cpu_capability() {
     if (limit && !std::strcmp(limit, "avx2") && best == CpuCapability::kAvx512) return CpuCapability::kAvx2;
     return best;
   }();
-  return found;
+  return capability;
 }
 
 }  // namespace pruneops

@@ -1,11 +1,10 @@
-// Exclusive bottom-k: row after row takes its lowest tokens among those nobody has taken.
+// Exclusive bottom-k: each row of scores in turn selects its quota of lowest-scoring tokens among those not yet taken.
 //
-// A row is scanned once, in vectors. Only tokens below a bound, the greatest of the lowest so far, become keys, so that
-// nearly all vectors cost one comparison (see bottomk.h).
-//
-// Cost per batch row: P N scores read once, O(P N + K log K) operations for K taken, 4 N bytes for what is taken. One
-// core, P 8: N 576, 64 taken: 8 us; N 2880, 288 taken: 18 us (topk and scatter: 145 us), 1.5 % of the time that the
-// scores take at D 4096; N 23328, 2328 taken: 370 us; N 2^20, 512 taken: 1.7 ms.
+// Cost per batch row of P rows of N scores, K selected tokens: P N scores read once, O(P N + K log K) operations, 4 N
+// bytes of taken marks.
+// Each row is scanned once in SIMD vectors. Only scores below the bound of BottomK (bottomk.h) become keys, so most
+// vectors cost one comparison.
+// docs/kernels/exclusive_bottomk.md: algorithm, timings.
 
 #include "cpu/exclusive_bottomk.h"
 
@@ -32,15 +31,16 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What the rows of one batch entry take; `taken` is as exclusive_bottomk_scan has it.
-void take(const Tokens& scores, const std::vector<int64_t>& quotas, std::vector<uint32_t>& taken, int64_t* indices) {
+// Selects the tokens of one batch entry; `taken` as in exclusive_bottomk_scan.
+void select_rows(const Tokens& scores, const std::vector<int64_t>& quotas, std::vector<uint32_t>& taken,
+                 int64_t* indices) {
   const auto scan = PRUNEOPS_DISPATCH(exclusive_bottomk_scan);
   for (int64_t p = 0; p < int64_t(quotas.size()); ++p) {
     if (quotas[p] == 0) continue;
-    Lowest lowest(std::min(quotas[p], scores.width));
-    scan(scores.type, scores.from(p * scores.stride).data, scores.width, taken.data(), lowest);
+    BottomK bottomk(std::min(quotas[p], scores.width));
+    scan(scores.type, scores.from(p * scores.stride).data, scores.width, taken.data(), bottomk);
     int64_t* const end = indices + quotas[p];
-    for (const Key key : lowest.sorted()) {
+    for (const Key key : bottomk.sorted()) {
       const int64_t index = uint32_t(key);
       taken[index] = kTaken;
       *indices++ = index;
@@ -50,12 +50,12 @@ void take(const Tokens& scores, const std::vector<int64_t>& quotas, std::vector<
   }
 }
 
-// Tokens where `map`, if any, equals `free` may be taken.
-Tensor select(const Tensor& scores, const std::vector<int64_t>& quotas, const std::optional<Tensor>& map, bool free) {
+// `mask`, if given, equals `free` for the tokens that may be selected.
+Tensor select(const Tensor& scores, const std::vector<int64_t>& quotas, const std::optional<Tensor>& mask, bool free) {
   const Tokens rows = tokens_of("exclusive_bottomk", scores);
   const int64_t batch = scores.size(0), tokens = scores.size(2);
   STD_TORCH_CHECK(scores.size(1) == int64_t(quotas.size()), "exclusive_bottomk: one quota for each row of scores");
-  STD_TORCH_CHECK(!map || (map->size(0) == batch && map->size(1) == tokens), "exclusive_bottomk: shape of taken");
+  STD_TORCH_CHECK(!mask || (mask->size(0) == batch && mask->size(1) == tokens), "exclusive_bottomk: shape of taken");
   int64_t total = 0;
   for (const int64_t quota : quotas) {
     STD_TORCH_CHECK(quota >= 0, "exclusive_bottomk: a quota is negative");
@@ -68,9 +68,9 @@ Tensor select(const Tensor& scores, const std::vector<int64_t>& quotas, const st
   torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> taken(round_up(tokens, kPad), kTaken);
     for (int64_t b = begin; b < end; ++b) {
-      const bool* marks = map ? static_cast<const bool*>(map->const_data_ptr()) + b * map->stride(0) : nullptr;
-      for (int64_t n = 0; n < tokens; ++n) taken[n] = !marks || marks[n * map->stride(1)] == free ? 0 : kTaken;
-      take(rows.from(b * scores.stride(0)), quotas, taken, indices + b * total);
+      const bool* flags = mask ? static_cast<const bool*>(mask->const_data_ptr()) + b * mask->stride(0) : nullptr;
+      for (int64_t n = 0; n < tokens; ++n) taken[n] = !flags || flags[n * mask->stride(1)] == free ? 0 : kTaken;
+      select_rows(rows.from(b * scores.stride(0)), quotas, taken, indices + b * total);
     }
   });
   return result;

@@ -1,4 +1,4 @@
-// Selection for the kernels that make scores.
+// Declares exclusive_bottomk for operators that compute scores themselves.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,11 +1,11 @@
-// Function multiversioning: includes PRUNEOPS_KERNEL once per instruction set, each time in a namespace of its own
-// and with the compiler told what it may use; PRUNEOPS_DISPATCH(f) then takes the version this machine runs.
+// Function multiversioning: includes PRUNEOPS_KERNEL once per instruction set, each time in its own namespace and with
+// the matching target attribute. PRUNEOPS_DISPATCH(f) is the address of f for the best set that this machine supports.
 //
 //   #define PRUNEOPS_KERNEL "cpu/<op>_kernel.h"
 //   #include "cpu/foreach_target.h"
 //
-// The kernel file opens with #include "cpu/simd.h", or products.h which does, includes nothing else, and holds no
-// lambdas (they do not inherit the pragma). Whatever it needs from elsewhere is included before this file.
+// The kernel file includes only "cpu/simd.h", or products.h which includes it, and has no lambdas (they do not inherit
+// the target pragma). Include its other dependencies before this file.
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +15,7 @@
 #include "cpu/cpu_features.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only between inlined functions
 #endif
 
 #define PRUNEOPS_PRAGMA(...) _Pragma(#__VA_ARGS__)

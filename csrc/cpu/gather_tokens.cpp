@@ -1,4 +1,5 @@
-// Some of the tokens of tensors of any shape; see cpu/token_copy.cpp.
+// gather_tokens on the CPU: argument checks and registration; cpu/token_copy.cpp copies.
+// Documentation: docs/kernels/token_copy.md
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,10 +14,10 @@ using Tensors = std::vector<Tensor>;
 Tensors gather_tokens(Tensors tensors, Tensor keep, std::vector<int64_t> dims) {
   Tensors results;
   const Plan plan = plan_gather(tensors, keep, dims, results);
-  int64_t fewest = tensors[0].size(dims[0]);
-  for (size_t i = 0; i < tensors.size(); ++i) fewest = std::min(fewest, tensors[i].size(dims[i]));
-  expect_values(plan, keep, fewest);
-  run(plan);
+  int64_t min_positions = tensors[0].size(dims[0]);
+  for (size_t i = 0; i < tensors.size(); ++i) min_positions = std::min(min_positions, tensors[i].size(dims[i]));
+  check_values(plan, keep, min_positions);
+  run_plan(plan);
   return results;
 }
 

@@ -1,31 +1,13 @@
-// Greedy k-center on the CPU, in lazy rounds: exact, never N x N.
-//
-// nearest[n], the greatest similarity of token n to the chosen set, only grows. So a round takes the m tokens of least
-// (nearest, index) as candidates and steps among them for as long as the best of them precedes every other token,
-// whose nearest may be out of date but can only be too low. Then one pass over x brings nearest up to date with all
-// centers of the round. A round makes at least one step. Similarities have the same bits in a round and in a pass
-// (see products.h), so neither m, the tiles, the threads nor k change the choice.
-//
-// Cost per batch row, R rounds:
-//   operations  2 N k D for the passes + 2 m D per column computed among candidates (about 1.9 k columns) + 2 N D for
-//               the norms, which ride on the first pass
-//   bytes       R + 1 passes over x, m D gathered per round
-//   memory      8 N (nearest, norms) + 8 N (keys) + 4 m D (candidates as float32) + a tile per thread: 2.6 MB measured
-//               at N 23328, D 1024, k 2333
-// m = 3 sqrt(N). Rounds at k = N / 10, random / image-like features: N 2880, m 128: 9 / 11, m 256: 7 / 8; N 9216,
-// m 128: 19 / 20, m 256: 13 / 14, m 512: 10 / 11. Times at N 2880, D 1024, m 64, 96, 128, 192, 256, 384: 12.8, 11.2,
-// 10.5, 9.2, 11.5, 12.3 ms (one core, random); from N 9216 on the differences between m 192 and 512 are noise.
-//
-// Measured with m 128 on one core of a shared Xeon whose FMA rate is 245 Gop/s (AVX-512), N 2880, D 4096, k 288,
-// float32, floor 28 ms; ratios are those of the pass over x alone, with 64 or 128 centers:
-//   version                                                    random          image-like      % of floor
-//   rows of the next tile fetched ahead in bursts              50.7 ms         59.8 ms         55 / 47
-//   one line fetched ahead per step of the tile (this one)     41.9 ms         51.9 ms         66 / 54
-//   the next columns fetched ahead into L1 as well             0.8x to 0.95x as fast
-//   blocks of 512 / 256 features instead of 1024               0.97x / 0.83x as fast
-// Missing from the floor: the first rounds, of 1 to 9 steps, wait for memory (1.8 ms each, 26 GB/s), and by count of
-// instructions the sums across lanes take about 15 % of a tile. Two cores, N 23328, D 1024, k 2333: 307 to 352 ms for
-// m 192 to 512, 65 to 74 % of the floor.
+// Greedy k-center on the CPU by lazy rounds: the exact choice of the plain greedy loop, without an N x N matrix.
+// nearest[n], the maximum similarity of token n to the chosen set, only grows. A round
+//   selects  the m tokens of minimum (nearest, index) as candidates, m = 3 sqrt(N);
+//   gram     computes dot products among the candidates, a group of columns at a time;
+//   greedy   steps among them while the best precedes every other token, whose nearest can only be too low;
+//   updates  nearest of all tokens with the centers of the round, in one pass over x.
+// Each round takes at least one step. Dot products have the same bits everywhere (see products.h), so m, tiles, threads
+// and k do not change the choice. Cost per batch row, R rounds: 2 N k D operations for updates, 2 m D per gram column
+// (about 1.9 k columns), 2 N D for norms; R + 1 passes over x, m D gathered per round; 16 N + 4 m D bytes of memory.
+// See docs/kernels/kcenter.md.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -50,12 +32,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What one instruction set offers: its tile, and the scratch (floats) a call needs.
+// Tile sizes, scratch size (floats) and functions of one instruction set.
 struct Kernels {
   int64_t rows, block_rows, scratch;
   float (*pack)(const Tokens&, int64_t, float*);
   void (*update)(const Tokens&, int64_t, int64_t, const Packed&, bool, bool, float*, float*, float*, float*);
-  void (*candidates)(const Tokens&, int64_t, int64_t, const float* const*, int64_t, float*, int64_t);
+  void (*gram)(const Tokens&, int64_t, int64_t, const float* const*, int64_t, float*, int64_t);
 };
 
 }  // namespace
@@ -67,14 +49,14 @@ struct Kernels {
 namespace pruneops {
 namespace {
 
-// Candidates per round. A round costs a pass over x, its candidates m more products per step: balanced near sqrt(N).
-int64_t candidates_of(int64_t tokens) {
+// Candidates m of a round. A round costs a pass over x, a step m dot products: balanced near sqrt(N).
+int64_t max_candidates(int64_t tokens) {
   return std::min(tokens, std::clamp<int64_t>(3 * std::sqrt(double(tokens)), 32, 512));
 }
 
 struct Problem {
   Tokens x;
-  int64_t tokens, k, offset;  // offset is added to every index
+  int64_t tokens, k, offset;  // offset: added to every index
   const int64_t* seeds;
   int64_t seed_stride, seed_count;
   const bool* mask;  // null: all allowed
@@ -84,169 +66,170 @@ struct Problem {
   float* radii;
 };
 
-class Greedy {
+class LazyGreedy {
  public:
-  explicit Greedy(const Problem& problem)
+  explicit LazyGreedy(const Problem& problem)
       : p_(problem),
         kernels_(*PRUNEOPS_DISPATCH(kKernels)),
-        cap_(candidates_of(problem.tokens)),
+        max_candidates_(max_candidates(problem.tokens)),
         panel_stride_(round_up(problem.x.width, kPad) + kPad),
-        panel_(cap_ * panel_stride_),
+        panel_(max_candidates_ * panel_stride_),
         nearest_(problem.tokens),
-        aux_(problem.tokens),
-        center_aux_(round_up(cap_, kPad)),
-        rows_(cap_) {}
+        norm_factors_(problem.tokens),
+        center_factors_(round_up(max_candidates_, kPad)),
+        center_rows_(max_candidates_) {}
 
   void run() {
     if (p_.k == 0) return;
     for (int64_t n = 0; n < p_.tokens; ++n)
       nearest_[n] = p_.mask && !p_.mask[n * p_.mask_stride] ? kNaN : -kInfinity;
-    if (p_.seed_count) take_seeds(); else take_first();
+    if (p_.seed_count) choose_seeds(); else choose_first();
     while (done_ < p_.k) {
       round();
-      if (done_ < p_.k) pass(false);
+      if (done_ < p_.k) update(false);
     }
   }
 
  private:
-  void take(int64_t index, float radius) {
+  void choose(int64_t index, float radius) {
     nearest_[index] = kNaN;
     p_.indices[done_] = index + p_.offset;
     p_.radii[done_++] = radius;
   }
 
-  void add_center(const float* row, float aux) {
-    rows_[count_] = row;
-    center_aux_[count_++] = aux;
+  void add_center(const float* row, float factor) {
+    center_rows_[center_count_] = row;
+    center_factors_[center_count_++] = factor;
   }
 
-  void take_seeds() {
-    for (int64_t i = 0; i < p_.seed_count; ++i) take(p_.seeds[i * p_.seed_stride] - p_.offset, kInfinity);
+  void choose_seeds() {
+    for (int64_t i = 0; i < p_.seed_count; ++i) choose(p_.seeds[i * p_.seed_stride] - p_.offset, kInfinity);
     if (done_ == p_.k) return;
     for (int64_t i = 0; i < done_; ++i) {
-      float* row = panel_ + count_ * panel_stride_;
-      add_center(row, auxiliary(kernels_.pack(p_.x, p_.indices[i] - p_.offset, row), p_.cosine));
-      if (count_ == cap_ || i + 1 == done_) pass(i < cap_);
+      float* row = panel_ + center_count_ * panel_stride_;
+      add_center(row, norm_factor(kernels_.pack(p_.x, p_.indices[i] - p_.offset, row), p_.cosine));
+      if (center_count_ == max_candidates_ || i + 1 == done_) update(i < max_candidates_);
     }
   }
 
-  // The first allowed finite token, then the first pass.
-  void take_first() {
-    for (int64_t n = 0; n < p_.tokens && !count_; ++n) {
+  // Chooses the first allowed finite token, then does the first update.
+  void choose_first() {
+    for (int64_t n = 0; n < p_.tokens && !center_count_; ++n) {
       if (nearest_[n] != nearest_[n]) continue;
-      const float aux = auxiliary(kernels_.pack(p_.x, n, panel_), p_.cosine);
-      if (aux != aux) continue;
-      take(n, kInfinity);
-      add_center(panel_, aux);
+      const float factor = norm_factor(kernels_.pack(p_.x, n, panel_), p_.cosine);
+      if (factor != factor) continue;
+      choose(n, kInfinity);
+      add_center(panel_, factor);
     }
-    if (done_ < p_.k) pass(true);
+    if (done_ < p_.k) update(true);
   }
 
-  // One pass over x: nearest_ learns of the centers collected since the last one.
-  void pass(bool first) {
-    const int64_t padded = round_up(count_, kPad);
-    std::fill(center_aux_ + count_, center_aux_ + padded, kNaN);
-    const Packed centers{rows_.data(), center_aux_, count_};
+  // Update: one pass over x brings nearest_ up to date with the centers added since the last one.
+  void update(bool first) {
+    const int64_t padded = round_up(center_count_, kPad);
+    std::fill(center_factors_ + center_count_, center_factors_ + padded, kNaN);
+    const Packed centers{center_rows_.data(), center_factors_, center_count_};
     const int64_t tiles = (p_.tokens + kernels_.rows - 1) / kernels_.rows;
-    torch::stable::parallel_for(0, tiles, grain(count_), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, tiles, grain(center_count_), [&](int64_t begin, int64_t end) {
       Buffer dots((kernels_.block_rows + kernels_.rows) * padded), scratch(kernels_.scratch);
       kernels_.update(p_.x, begin * kernels_.rows, std::min(end * kernels_.rows, p_.tokens), centers, p_.cosine, first,
-                      nearest_, aux_, dots, scratch);
+                      nearest_, norm_factors_, dots, scratch);
     });
-    count_ = 0;
+    center_count_ = 0;
   }
 
-  // Tiles of rows that are worth a thread.
+  // Minimum number of row tiles per thread.
   int64_t grain(int64_t columns) const {
     return std::max<int64_t>(1, (int64_t{1} << 18) / (kernels_.rows * p_.x.width * (columns + 4)));
   }
 
-  // Steps among the candidates, the tokens of least key, for as long as the best of them precedes all other tokens.
+  // Select, gram and greedy of one round.
   void round() {
     keys_.clear();
     for (int64_t n = 0; n < p_.tokens; ++n)
-      if (nearest_[n] == nearest_[n]) keys_.push_back(make_key(ordered(nearest_[n]), n));
+      if (nearest_[n] == nearest_[n]) keys_.push_back(make_key(ordered_bits(nearest_[n]), n));
     if (keys_.empty()) {
       for (; done_ < p_.k; ++done_) p_.indices[done_] = -1, p_.radii[done_] = kNaN;
       return;
     }
-    const int64_t count = std::min<int64_t>(cap_, keys_.size());
-    Key others = kLastKey;
+    const int64_t count = std::min<int64_t>(max_candidates_, keys_.size());
+    Key bound = kLastKey;
     if (count < int64_t(keys_.size())) {
       std::nth_element(keys_.begin(), keys_.begin() + count, keys_.end());
-      others = keys_[count];
+      bound = keys_[count];
     }
-    load_candidates(count);
-    int64_t group = std::max<int64_t>(4, last_steps_);  // a guess that keeps the number of parallel regions low
-    const int64_t before = done_;
+    gather_candidates(count);
+    int64_t width = std::max<int64_t>(4, last_steps_);  // expected steps, to keep the number of parallel regions low
+    const int64_t first_step = done_;
     while (done_ < p_.k) {
       const int64_t best = std::min_element(keys_.begin(), keys_.begin() + count) - keys_.begin();
-      if (keys_[best] > others || keys_[best] == kLastKey) break;
+      if (keys_[best] > bound || keys_[best] == kLastKey) break;
       const int64_t index = candidates_[best];
       const float similarity = candidate_nearest_[best];
-      take(index, radius(similarity));
-      add_center(panel_ + best * panel_stride_, candidate_aux_[best]);
+      choose(index, radius(similarity));
+      add_center(panel_ + best * panel_stride_, candidate_factors_[best]);
       if (done_ == p_.k) break;
-      if (!dots_of_[best]) {
-        compute_dots(count, group, best);
-        group = std::max<int64_t>(16, group / 2);
+      if (!gram_columns_[best]) {
+        compute_gram(count, width, best);
+        width = std::max<int64_t>(16, width / 2);
       }
       candidate_nearest_[best] = kNaN;
       keys_[best] = kLastKey;
-      const float* dots = dots_of_[best];
-      const float aux = candidate_aux_[best];
+      const float* dots = gram_columns_[best];
+      const float factor = candidate_factors_[best];
       for (int64_t i = 0; i < count; ++i) {
-        const float dot = dots[i * dots_stride_of_[best]];
-        const float sim = p_.cosine ? dot * candidate_aux_[i] * aux : 2.0f * dot - candidate_aux_[i] - aux;
+        const float dot = dots[i * gram_strides_[best]];
+        const float sim =
+            p_.cosine ? dot * candidate_factors_[i] * factor : 2.0f * dot - candidate_factors_[i] - factor;
         if (candidate_nearest_[i] < sim) {
           candidate_nearest_[i] = sim;
-          keys_[i] = make_key(ordered(sim), candidates_[i]);
+          keys_[i] = make_key(ordered_bits(sim), candidates_[i]);
         }
       }
     }
-    dots_.clear();
-    last_steps_ = done_ - before;
+    gram_buffers_.clear();
+    last_steps_ = done_ - first_step;
   }
 
-  void load_candidates(int64_t count) {
+  void gather_candidates(int64_t count) {
     candidates_.resize(count);
     candidate_nearest_.resize(count);
-    candidate_aux_.resize(count);
-    dots_of_.assign(count, nullptr);
-    dots_stride_of_.assign(count, 0);
+    candidate_factors_.resize(count);
+    gram_columns_.assign(count, nullptr);
+    gram_strides_.assign(count, 0);
     torch::stable::parallel_for(0, count, grain(0) * kernels_.rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t index = uint32_t(keys_[i]);
         candidates_[i] = index;
         candidate_nearest_[i] = nearest_[index];
-        candidate_aux_[i] = aux_[index];
+        candidate_factors_[i] = norm_factors_[index];
         kernels_.pack(p_.x, index, panel_ + i * panel_stride_);
       }
     });
   }
 
-  // Products of all candidates with the `group` of them most likely to be chosen next, `best` among them.
-  void compute_dots(int64_t count, int64_t group, int64_t best) {
+  // Gram columns, dot products with all candidates, of `best` and of the width - 1 candidates of next lowest key.
+  void compute_gram(int64_t count, int64_t width, int64_t best) {
     std::vector<std::pair<Key, int64_t>> next;
     for (int64_t i = 0; i < count; ++i)
-      if (!dots_of_[i] && i != best && keys_[i] != kLastKey) next.emplace_back(keys_[i], i);
-    group = std::min<int64_t>(group, next.size() + 1);
-    std::partial_sort(next.begin(), next.begin() + (group - 1), next.end());
-    const int64_t stride = round_up(group, 4);
-    dots_.push_back(std::make_unique<Buffer>((count + kernels_.rows) * stride));
-    float* dots = *dots_.back();
+      if (!gram_columns_[i] && i != best && keys_[i] != kLastKey) next.emplace_back(keys_[i], i);
+    width = std::min<int64_t>(width, next.size() + 1);
+    std::partial_sort(next.begin(), next.begin() + (width - 1), next.end());
+    const int64_t stride = round_up(width, 4);
+    gram_buffers_.push_back(std::make_unique<Buffer>((count + kernels_.rows) * stride));
+    float* dots = *gram_buffers_.back();
     std::vector<const float*> columns;
-    for (int64_t g = 0; g < group; ++g) {
+    for (int64_t g = 0; g < width; ++g) {
       const int64_t i = g ? next[g - 1].second : best;
       columns.push_back(panel_ + i * panel_stride_);
-      dots_of_[i] = dots + g;
-      dots_stride_of_[i] = stride;
+      gram_columns_[i] = dots + g;
+      gram_strides_[i] = stride;
     }
     const Tokens panel{panel_, panel_stride_, panel_stride_ - kPad, Element::kFloat};
     const int64_t tiles = (count + kernels_.rows - 1) / kernels_.rows;
-    torch::stable::parallel_for(0, tiles, grain(group), [&](int64_t begin, int64_t end) {
-      kernels_.candidates(panel, begin * kernels_.rows, std::min(end * kernels_.rows, count), columns.data(), group,
-                          dots, stride);
+    torch::stable::parallel_for(0, tiles, grain(width), [&](int64_t begin, int64_t end) {
+      kernels_.gram(panel, begin * kernels_.rows, std::min(end * kernels_.rows, count), columns.data(), width, dots,
+                    stride);
     });
   }
 
@@ -257,27 +240,27 @@ class Greedy {
 
   const Problem& p_;
   const Kernels& kernels_;
-  const int64_t cap_, panel_stride_;
-  Buffer panel_, nearest_, aux_, center_aux_;
-  std::vector<const float*> rows_;
+  const int64_t max_candidates_, panel_stride_;
+  Buffer panel_, nearest_, norm_factors_, center_factors_;
+  std::vector<const float*> center_rows_;
   std::vector<Key> keys_;
-  std::vector<int64_t> candidates_, dots_stride_of_;
-  std::vector<float> candidate_nearest_, candidate_aux_;
-  std::vector<const float*> dots_of_;
-  std::vector<std::unique_ptr<Buffer>> dots_;
-  int64_t done_ = 0, count_ = 0, last_steps_ = 0;
+  std::vector<int64_t> candidates_, gram_strides_;
+  std::vector<float> candidate_nearest_, candidate_factors_;
+  std::vector<const float*> gram_columns_;
+  std::vector<std::unique_ptr<Buffer>> gram_buffers_;
+  int64_t done_ = 0, center_count_ = 0, last_steps_ = 0;
 };
 
-// One problem per thread where there are enough of them, else all threads on each.
+// One problem per thread if there are enough of them, else all threads on each in turn.
 void solve(const std::vector<Problem>& problems) {
   const int64_t threads = torch::stable::get_num_threads(), count = problems.size();
   if (count % threads && count < 4 * threads) {
-    for (const Problem& problem : problems) Greedy(problem).run();
+    for (const Problem& problem : problems) LazyGreedy(problem).run();
     return;
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) Greedy(problems[i]).run();
+    for (int64_t i; (i = next.fetch_add(1)) < count;) LazyGreedy(problems[i]).run();
   });
 }
 

@@ -1,4 +1,5 @@
-// Keeping some of the tokens of caches, in new tensors or in place; see cpu/token_copy.cpp.
+// kv_compact and kv_compact_ on the CPU: argument checks and registration; cpu/token_copy.cpp copies.
+// Documentation: docs/kernels/token_copy.md
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,26 +11,26 @@ namespace {
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-int64_t fewest_positions(const Tensors& caches) {
-  int64_t fewest = caches[0].size(2);
-  for (const Tensor& cache : caches) fewest = std::min(fewest, cache.size(2));
-  return fewest;
+int64_t min_positions(const Tensors& caches) {
+  int64_t result = caches[0].size(2);
+  for (const Tensor& cache : caches) result = std::min(result, cache.size(2));
+  return result;
 }
 
 Tensors kv_compact(Tensors caches, Tensor keep, std::optional<Tensor> lengths) {
-  expect_caches(caches, keep, false);
+  check_caches(caches, keep, false);
   Tensors results = token_copy::new_caches(caches, keep.size(keep.dim() - 1));
   const Plan plan = plan_compact(caches, results, keep, lengths, false);
-  expect_values(plan, keep, fewest_positions(caches));
-  run(plan);
+  check_values(plan, keep, min_positions(caches));
+  run_plan(plan);
   return results;
 }
 
 void kv_compact_(Tensors caches, Tensor keep, std::optional<Tensor> lengths) {
-  expect_caches(caches, keep, true);
+  check_caches(caches, keep, true);
   const Plan plan = plan_compact(caches, caches, keep, lengths, true);
-  expect_values(plan, keep, fewest_positions(caches));
-  run(plan);
+  check_values(plan, keep, min_positions(caches));
+  run_plan(plan);
 }
 
 }  // namespace

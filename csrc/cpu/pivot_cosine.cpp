@@ -1,26 +1,11 @@
-// Cosine of every token with a few pivots, in one pass over x; reduced over the pivots on the fly where asked.
-//
-// Threads share tiles of tokens, from all batch rows or sequences together. A thread packs the pivots as float32 where
-// their tokens begin; each block of tokens then meets all of them, norms in the same pass (see products.h). A score's
-// bits depend on its token and its pivot alone.
-//
-// Cost:
-//   operations  2 (P + 1) N D per batch row: the products and the norms
-//   bytes       x read once, 4 P N written (4 N reduced), 4 P D of pivots per thread and sequence
-//   memory      per thread the pivots, P D floats, products of a block of tokens, 96 P, and a tile, 6 x 1024
-//
-// Measured on a shared two-core AMD EPYC (Zen 4, AVX-512, FMA rate 117 Gop/s a core), N 2880, D 4096, P 8, float32,
-// processor time of one core, 3 neighbours at work; the floor of 212 Mop is 1.81 ms, that of 47 MB is 1.3 to 2.3 ms at
-// the 20 to 37 GB/s that a core could read:
-//   version                                                         from memory    from cache, x 10
-//   squares in a pass of their own, one line fetched ahead a step   3.8 ms         2.28 ms
-//   as many lines fetched ahead as the next tile needs              3.6 ms         2.25 ms
-//   and squares within the first two groups of columns (this one)   3.0 ms         1.98 ms, 91 % of the floor
-//   the same with blocks of 512 features                            3.3 ms         2.07 ms
-//   tiles of 3 x 8 / 3 x 4, squares within the first group          3.6 / 3.8 ms   2.65 / 2.66 ms
-//   lines fetched to L1 / every second line                         1.15x / 1.1x
-// Two cores: 1.24 ms at best, the selection of pivot_bottomk included (38 GB/s; a plain sum reads 35 to 59), and 1.4 ms
-// in bfloat16, where widening takes a fifth. F.normalize and a matmul: 19 ms, in bfloat16 33 ms.
+// Cosine of every token with P pivots in one pass over x, or the maximum, mean or sum over the pivots.
+// Threads share tiles of tokens of all batch rows or sequences. At the start of a row or sequence a thread packs its
+// pivots as float32; dot products of a block of tokens with all pivots and the squared norms are computed together (see
+// products.h). A score's bits depend on its token and its pivot alone.
+// Cost: 2 (P + 1) N D operations per batch row; x read once, 4 P N bytes written (4 N reduced), 4 P D bytes of pivots
+// per thread and sequence. Memory per thread: the pivots, P D floats; dot products of a block of tokens, 96 P; a tile,
+// 6 x 1024.
+// See docs/kernels/pivot_cosine.md.
 
 #include "cpu/pivot_cosine.h"
 
@@ -42,7 +27,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Where scores go: out[p * stride + n], reduced over the pivots out[n]; +inf where mask, unless null, is false.
+// Destination of scores: out[p * stride + n], or out[n] if reduced over pivots; +inf where mask, unless null, is false.
 struct Scores {
   float* out;
   int64_t stride;
@@ -51,7 +36,7 @@ struct Scores {
   Reduce reduce;
 };
 
-// What one instruction set offers: its tile, and the scratch (floats) a call needs.
+// Tile sizes, scratch size (floats) and functions of one instruction set.
 struct Kernels {
   int64_t rows, block_rows, scratch;
   float (*pack)(const Tokens&, int64_t, float*);
@@ -67,16 +52,16 @@ struct Kernels {
 namespace pruneops {
 namespace {
 
-// Tokens that share their pivots: a batch row or a sequence of a packed tensor.
+// A batch row, or a sequence of a packed tensor.
 struct Sequence {
   Tokens x;
   int64_t tokens, first_tile, tiles;
   const int64_t* pivots;
-  int64_t pivot_stride, offset;  // offset is to be taken off every pivot
-  Scores to;
+  int64_t pivot_stride, offset;  // offset: subtracted from every pivot
+  Scores output;
 };
 
-// Scores of all sequences, `pivots` pivots each.
+// Scores of all sequences, each with `pivots` pivots.
 void score(const Kernels& kernels, const std::vector<Sequence>& sequences, int64_t pivots) {
   const int64_t width = sequences[0].x.width, tiles = sequences.back().first_tile + sequences.back().tiles;
   const int64_t pitch = round_up(width, kPad) + kPad;
@@ -84,18 +69,18 @@ void score(const Kernels& kernels, const std::vector<Sequence>& sequences, int64
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     Buffer panel(pivots * pitch), dots(kernels.block_rows * round_up(pivots, kPad)), scratch(kernels.scratch);
     std::vector<const float*> rows(pivots);
-    std::vector<float> aux(pivots);
+    std::vector<float> norm_factors(pivots);
     auto s = std::upper_bound(sequences.begin(), sequences.end(), begin,
                               [](int64_t tile, const Sequence& sequence) { return tile < sequence.first_tile; });
     for (--s; begin < end; begin = s->first_tile + s->tiles, ++s) {
       for (int64_t p = 0; p < pivots; ++p) {
         float* const row = panel + p * pitch;
-        aux[p] = auxiliary(kernels.pack(s->x, s->pivots[p * s->pivot_stride] - s->offset, row), true);
+        norm_factors[p] = norm_factor(kernels.pack(s->x, s->pivots[p * s->pivot_stride] - s->offset, row), true);
         rows[p] = row;
       }
       const int64_t first = (begin - s->first_tile) * kernels.rows, last = (end - s->first_tile) * kernels.rows;
-      kernels.score(s->x, first, std::min(last, s->tokens), Packed{rows.data(), aux.data(), pivots}, s->to, dots,
-                    scratch);
+      kernels.score(s->x, first, std::min(last, s->tokens), Packed{rows.data(), norm_factors.data(), pivots}, s->output,
+                    dots, scratch);
     }
   });
 }
@@ -123,21 +108,21 @@ Tensor pivot_cosine(Tensor x, std::optional<Tensor> cu_seqlens, Tensor pivots, s
     const int64_t b = bounds ? 0 : i, start = bounds ? bounds[i] : 0, end = bounds ? bounds[i + 1] : length;
     STD_TORCH_CHECK(0 <= start && start <= end && end <= length, "pivot_cosine: cu_seqlens must rise from 0 to T");
     if (start == end) continue;
-    const int64_t* own = static_cast<const int64_t*>(pivots.const_data_ptr()) + i * pivots.stride(0);
+    const int64_t* sequence_pivots = static_cast<const int64_t*>(pivots.const_data_ptr()) + i * pivots.stride(0);
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t pivot = own[p * pivots.stride(1)];
+      const int64_t pivot = sequence_pivots[p * pivots.stride(1)];
       STD_TORCH_CHECK(start <= pivot && pivot < end, "pivot_cosine: a pivot is out of range");
     }
-    Scores to{static_cast<float*>(result.mutable_data_ptr()) + b * result.stride(0) + start, length, nullptr, 0,
+    Scores output{static_cast<float*>(result.mutable_data_ptr()) + b * result.stride(0) + start, length, nullptr, 0,
               Reduce(reduce)};
     if (mask) {
-      to.mask = static_cast<const bool*>(mask->const_data_ptr()) + b * mask->stride(0) + start * mask->stride(1);
-      to.mask_stride = mask->stride(1);
+      output.mask = static_cast<const bool*>(mask->const_data_ptr()) + b * mask->stride(0) + start * mask->stride(1);
+      output.mask_stride = mask->stride(1);
     }
-    const int64_t own_tiles = (end - start + kernels.rows - 1) / kernels.rows;
-    work.push_back({tokens.from(b * x.stride(0) + start * x.stride(1)), end - start, tiles, own_tiles, own,
-                    pivots.stride(1), start, to});
-    tiles += own_tiles;
+    const int64_t sequence_tiles = (end - start + kernels.rows - 1) / kernels.rows;
+    work.push_back({tokens.from(b * x.stride(0) + start * x.stride(1)), end - start, tiles, sequence_tiles,
+                    sequence_pivots, pivots.stride(1), start, output});
+    tiles += sequence_tiles;
     covered += end - start;
   }
   STD_TORCH_CHECK(covered == batch * length, "pivot_cosine: cu_seqlens must rise from 0 to T");

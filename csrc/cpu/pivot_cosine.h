@@ -1,4 +1,4 @@
-// Scores for the kernels that select by them.
+// pivot_cosine for C++ callers.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

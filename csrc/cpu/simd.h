@@ -1,5 +1,5 @@
-// Vectors of PRUNEOPS_LANES floats on the compiler's own vector types. Included by kernel files, once per instruction
-// set, inside that set's namespace (see foreach_target.h): hence no include guard.
+// SIMD vectors of PRUNEOPS_LANES floats, on the compiler's vector extension. Kernel files include it once per
+// instruction set, inside that set's namespace (see foreach_target.h), so it has no include guard.
 
 constexpr int64_t kLanes = PRUNEOPS_LANES;
 
@@ -24,8 +24,8 @@ PRUNEOPS_INLINE Vec broadcast(float value) { return Vec{} + value; }
 
 PRUNEOPS_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(Vec)); }
 
-// Past the caches, where the machine can; `to` is aligned to a vector. A fence must come before others read.
-PRUNEOPS_INLINE void stream(float* to, Vec value) {
+// Non-temporal store on x86; `to` is aligned to a vector. Needs a fence before other threads read.
+PRUNEOPS_INLINE void store_streaming(float* to, Vec value) {
 #if PRUNEOPS_LANES == 16
   _mm512_stream_ps(to, (__m512)value);
 #elif PRUNEOPS_LANES == 8
@@ -49,7 +49,7 @@ PRUNEOPS_INLINE VecBits load(const uint32_t* from) {
   return value;
 }
 
-// Half types widen exactly, subnormals, infinities and NaN included.
+// Conversions from 16-bit floats are exact, subnormals, infinities and NaN included.
 PRUNEOPS_INLINE Vec load(const BFloat16* from) {
   VecHalf half;
   __builtin_memcpy(&half, from, sizeof(VecHalf));
@@ -71,7 +71,7 @@ PRUNEOPS_INLINE Vec load(const Half* from) {
 #endif
 }
 
-// The sums of four vectors, each in the same order of addition.
+// Horizontal sums of four vectors; all four add in the same order.
 PRUNEOPS_INLINE Vec4 reduce4(Vec a, Vec b, Vec c, Vec d) {
 #if PRUNEOPS_LANES == 16
 #define PRUNEOPS_QUADS(i, j, k, l) \
@@ -100,7 +100,8 @@ PRUNEOPS_INLINE Vec4 reduce4(Vec a, Vec b, Vec c, Vec d) {
 #endif
 }
 
-PRUNEOPS_INLINE float greatest(Vec value) {
+// Horizontal maximum; NaN lanes after the first are ignored.
+PRUNEOPS_INLINE float reduce_max(Vec value) {
   float lanes[kLanes], result;
   store(lanes, value);
   result = lanes[0];
@@ -108,7 +109,7 @@ PRUNEOPS_INLINE float greatest(Vec value) {
   return result;
 }
 
-// Widens `count` elements to float32 and pads with zeros to a multiple of kLanes.
+// Converts `count` elements to float32 and pads with zeros to a multiple of kLanes.
 template <class T>
 PRUNEOPS_INLINE void widen(const T* from, int64_t count, float* to) {
   int64_t i = 0;
@@ -119,8 +120,8 @@ PRUNEOPS_INLINE void widen(const T* from, int64_t count, float* to) {
   store(to + i, load(tail));
 }
 
-// One bit per lane, of lanes that are all ones or all zeros.
-PRUNEOPS_INLINE uint32_t bits_of(VecInt lanes) {
+// One bit per lane; every lane is all ones or all zeros.
+PRUNEOPS_INLINE uint32_t movemask(VecInt lanes) {
 #if PRUNEOPS_LANES == 16
   return _mm512_movepi32_mask((__m512i)lanes);
 #elif PRUNEOPS_LANES == 8
@@ -132,7 +133,7 @@ PRUNEOPS_INLINE uint32_t bits_of(VecInt lanes) {
 #endif
 }
 
-// e^x within 1.2 ulp; 0 below e^-87.3, where results would lose bits.
+// e^x within 1.2 ulp; 0 for x < -87.3, where results would be subnormal.
 PRUNEOPS_INLINE Vec exponential(Vec x) {
   const Vec top = broadcast(89.0f), bounded = x > top ? top : x;  // e^89 is inf; NaN stays
   const Vec magic = broadcast(0x1.8p23f + 127);                   // the low bits of n + magic hold n + 127

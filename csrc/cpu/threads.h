@@ -1,4 +1,4 @@
-// Work that threads take piece by piece.
+// Dynamically scheduled parallel loop.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,9 +9,10 @@
 
 namespace pruneops {
 
-// body(i) for i from 0 to count, each on whichever thread is free; `work`, in multiplications, says how many are woken.
+// Calls body(i) for i in [0, count); idle threads take the next i from an atomic counter. `work` is the total number of
+// multiplications; one thread more for every 2^18 of them.
 template <class Body>
-void each(int64_t count, int64_t work, const Body& body) {
+void dynamic_parallel_for(int64_t count, int64_t work, const Body& body) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>({count, torch::stable::get_num_threads(), 1 + (work >> 18)});
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {

@@ -1,14 +1,14 @@
-// Moving tokens on the CPU.
+// Token copies on the CPU: kv_compact, kv_compact_, paged_kv_compact_ and gather_tokens.
+// Documentation: docs/kernels/token_copy.md
 #pragma once
 
 #include "token_copy_plan.h"
 
 namespace pruneops {
 
-// Refuses positions outside [0, limit), lengths that keep does not have, and, in place, positions that do not ascend.
-void expect_values(const Plan& plan, const torch::stable::Tensor& keep, int64_t limit);
+// Checks that positions are in [0, limit) and lengths in [0, K]; in place also that positions ascend.
+void check_values(const Plan& plan, const torch::stable::Tensor& keep, int64_t limit);
 
-// Carries a plan out.
-void run(const Plan& plan);
+void run_plan(const Plan& plan);
 
 }  // namespace pruneops

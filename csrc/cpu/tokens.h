@@ -1,4 +1,4 @@
-// Tensors of features as the CPU kernels see them.
+// Views of feature tensors for the CPU kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -23,22 +23,22 @@ struct Tokens {
   }
 };
 
-// Tokens packed as float32 rows, padded with zeros to kPad features; aux as `auxiliary` has it.
+// Tokens packed as float32 rows, padded with zeros to a multiple of kPad features, with their norm factors.
 struct Packed {
   const float* const* rows;
-  const float* aux;
+  const float* norm_factors;
   int64_t count;
 };
 
-// Cosine: 1 / |x|, 0 for a zero vector. Euclidean: |x|^2. NaN for a non-finite token, so that every comparison with
-// its similarities is false.
-inline float auxiliary(float square, bool cosine) {
+// `square` is |x|^2. Cosine: 1 / |x|, 0 for a zero vector. Euclidean: |x|^2. NaN for a non-finite token, so that every
+// comparison with its similarities is false.
+inline float norm_factor(float square, bool cosine) {
   if (!(square <= std::numeric_limits<float>::max() / 4)) return kNaN;
   if (!cosine) return square;
   return square < std::numeric_limits<float>::min() ? 0.0f : 1.0f / std::sqrt(square);
 }
 
-// A tensor [.., N, D] of any strides but the last.
+// A tensor [.., N, D] with contiguous features and any other strides.
 inline Tokens tokens_of(const char* op, const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
   const int64_t last = x.dim() - 1;

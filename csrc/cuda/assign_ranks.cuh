@@ -1,4 +1,4 @@
-// Kernel of rank assignment; assign_ranks.cu says what it computes and what it costs.
+// Kernel of rank assignment. assign_ranks.cu: what it computes and its cost. docs/kernels/assign_ranks.md
 
 #pragma once
 
@@ -12,34 +12,34 @@
 
 namespace pruneops {
 
-constexpr int kMostRanks = 64;
+constexpr int kMaxRanks = 64;
 constexpr int kRankThreads = 1024, kRankWarps = kRankThreads / 32;
 
 template <class T>
-struct AssignRanks {
+struct AssignRanksParams {
   const T* logits;    // [B, N, classes]
-  int64_t stride[2];  // of batch entries and tokens; classes lie next to each other
+  int64_t stride[2];  // batch, token; the classes of a token are contiguous
   int64_t* out;       // [B, ranks]
   int tokens, classes, ranks;
-  int tile;         // tokens at a time in shared memory,
-  int pitch;        // floats apart: an odd number, so that threads with a token each meet in no bank
-  float* scores;    // [B, ranks, N], and
-  unsigned* owner;  // [B, N], or null if shared memory holds all tokens
+  int tile;         // tokens in shared memory at a time
+  int pitch;        // floats per token in the tile; odd, so that a thread per token is bank-conflict-free
+  float* scores;    // [B, ranks, N]; null if shared memory holds all tokens
+  unsigned* owner;  // [B, N]; null if shared memory holds all tokens
 };
 
 template <class T>
-size_t shared_bytes(const AssignRanks<T>& p) {
+size_t shared_bytes(const AssignRanksParams<T>& p) {
   return (p.tile * p.pitch + p.tile) * sizeof(float);
 }
 
-// Fills in the tile that fits in `bytes` of shared memory.
+// Sets the largest tile that fits in `bytes` of shared memory.
 template <class T>
-void plan(AssignRanks<T>& p, size_t bytes) {
+void plan(AssignRanksParams<T>& p, size_t bytes) {
   p.pitch = p.classes | 1;
   p.tile = std::min(p.tokens, static_cast<int>(bytes / sizeof(float)) / (p.pitch + 1));
 }
 
-// Fills tile[at] from entry offset(at) of logits, for all at < total.
+// tile[at] = logits[offset(at)] for all at < total.
 template <class T, class Offset>
 __device__ __forceinline__ void copy_logits(float* tile, const T* logits, int total, const Offset& offset) {
   constexpr int kBatch = 8;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void copy_logits(float* tile, const T* logits, int to
   }
 }
 
-// -log(probability) of the tokens of a batch entry in each rank, +inf where it is not finite.
+// Scores -log(probability) of a batch entry, by rank and token; +inf where not finite.
 struct RankScores {
   static constexpr int kBatch = 6;
   float* data;
@@ -66,53 +66,54 @@ struct RankScores {
   __device__ float* at(int rank, int token) const { return data + rank * rank_step + token * token_step; }
 
   __device__ void write(int token, const float* logit, int classes, int ranks) const {
-    float greatest = -INFINITY, sum = 0;
-    for (int c = 0; c < classes; ++c) greatest = fmaxf(greatest, logit[c]);
-    for (int c = 0; c < classes; ++c) sum += expf(logit[c] - greatest);
+    float max_logit = -INFINITY, sum = 0;
+    for (int c = 0; c < classes; ++c) max_logit = fmaxf(max_logit, logit[c]);
+    for (int c = 0; c < classes; ++c) sum += expf(logit[c] - max_logit);
     const float log_sum = logf(sum);
     float* to = at(0, token);
     for (int first = 0; first < ranks; first += kBatch) {
-      float score[kBatch];  // read before any is written: to the same place, perhaps
+      float score[kBatch];  // all reads before the writes: scores may overwrite the logits
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) score[i] = log_sum - (logit[min(first + i, ranks)] - greatest);
+      for (int i = 0; i < kBatch; ++i) score[i] = log_sum - (logit[min(first + i, ranks)] - max_logit);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i, to += rank_step)
         if (first + i < ranks) *to = fabsf(score[i]) < INFINITY ? score[i] : INFINITY;
     }
   }
 
-  // The token of least score that no better rank owns. All lanes of a warp.
+  // The token of minimum score that no better rank owns. Called by all lanes of a warp.
   __device__ int best(int rank, const unsigned* owner) const {
     const int lane = threadIdx.x % 32;
     const float* from = at(rank, lane);
-    unsigned least = kExcluded;
-    int choice = tokens;
+    unsigned min_bits = kExcluded;
+    int best_token = tokens;
     for (int first = lane; first < tokens; first += 32 * kBatch) {
       float score[kBatch];
-      unsigned rival[kBatch];
+      unsigned owner_rank[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i, from += 32 * token_step) {
         const int token = first + 32 * i;
         score[i] = token < tokens ? *from : 0;
-        rival[i] = token < tokens ? owner[token] : 0;
+        owner_rank[i] = token < tokens ? owner[token] : 0;
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const unsigned order = ordered_number(score[i]);
-        if (rival[i] <= unsigned(rank) | order >= least) continue;
-        least = order;
-        choice = first + 32 * i;
+        const unsigned bits = ordered_bits(score[i]);
+        if (owner_rank[i] <= unsigned(rank) | bits >= min_bits) continue;
+        min_bits = bits;
+        best_token = first + 32 * i;
       }
     }
-    return static_cast<int>(index_of(warp_least(make_key(least, choice))));
+    return static_cast<int>(index_of(warp_min_key(make_key(min_bits, best_token))));
   }
 };
 
-// One block per batch entry. Tile by tile, logits become scores: a thread per token. Then every rank, a warp each, asks
-// for its best token, which stays with the best rank that asks; those turned down ask for their next, in rounds, until
-// all have one. A token only ever passes to a better rank, so this ends as if one rank after the other had chosen.
+// One block per batch entry. Tile by tile, a thread per token computes scores from logits. Then deferred acceptance
+// (Gale-Shapley): in each round every unmatched rank, a warp each, proposes to its best token not owned by a better
+// rank; a token accepts the best rank that proposes and rejects the others. All tokens prefer lower ranks, so the
+// stable matching is unique and equals the greedy assignment rank by rank.
 template <class T>
-__global__ void __launch_bounds__(kRankThreads, 1) assign_ranks_select(const __grid_constant__ AssignRanks<T> p) {
+__global__ void __launch_bounds__(kRankThreads, 1) assign_ranks_select(const __grid_constant__ AssignRanksParams<T> p) {
   float* tile = &shared<float>();
   const int64_t b = blockIdx.x;
   const int tid = threadIdx.x;
@@ -137,27 +138,27 @@ __global__ void __launch_bounds__(kRankThreads, 1) assign_ranks_select(const __g
   }
   __syncthreads();
 
-  int choice[kMostRanks / kRankWarps];  // of ranks warp, warp + kRankWarps, ...
+  int choice[kMaxRanks / kRankWarps];  // tokens of ranks warp, warp + kRankWarps, ...
   for (bool first = true;; first = false) {
-    bool asks = false;
+    bool proposes = false;
 #pragma unroll
-    for (int i = 0; i < kMostRanks / kRankWarps; ++i) {
+    for (int i = 0; i < kMaxRanks / kRankWarps; ++i) {
       const int rank = tid / 32 + i * kRankWarps;
       if (rank < p.ranks && (first || owner[choice[i]] != unsigned(rank))) {
         choice[i] = scores.best(rank, owner);
-        asks = true;
+        proposes = true;
       }
     }
-    if (__syncthreads_count(asks) == 0) break;
+    if (__syncthreads_count(proposes) == 0) break;
 #pragma unroll
-    for (int i = 0; i < kMostRanks / kRankWarps; ++i) {
+    for (int i = 0; i < kMaxRanks / kRankWarps; ++i) {
       const int rank = tid / 32 + i * kRankWarps;
       if (rank < p.ranks && tid % 32 == 0) atomicMin(&owner[choice[i]], unsigned(rank));
     }
     __syncthreads();
   }
 #pragma unroll
-  for (int i = 0; i < kMostRanks / kRankWarps; ++i) {
+  for (int i = 0; i < kMaxRanks / kRankWarps; ++i) {
     const int rank = tid / 32 + i * kRankWarps;
     if (rank < p.ranks && tid % 32 == 0) p.out[b * p.ranks + rank] = choice[i];
   }

@@ -1,4 +1,5 @@
-// The host part that attention_mass and attention_received have in common.
+// Host code shared by attention_mass and attention_received: argument checks and kernel parameters.
+// docs/kernels/attention.md
 
 #pragma once
 
@@ -7,39 +8,39 @@
 
 namespace pruneops {
 
-// Launches attention_sums: the states of all rows, or in clusters of p.splits also mass and lse. In attention_mass.cu.
+// Launches attention_sums: the states of all rows, or, with clusters, mass and lse. Defined in attention_mass.cu.
 template <class T>
-void launch_sums(const Attention<T>& p, int64_t batch, cudaStream_t stream);
+void launch_sums(const AttentionParams<T>& p, int64_t batch, cudaStream_t stream);
 
-// These checks are all that a call passes: pruneops.ops looks at its arguments when one of them fails, for the words.
+// The only argument checks of a call. When one fails, pruneops.ops checks again to raise a detailed error message.
 
 inline void check_same_device(const Tensor& x, const Tensor& query) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == query.get_device_index(), "pruneops: tensors on two devices");
 }
 
-// The tokens of `of` [B, .., S, D] by group, or the flags of them; none: all are of group 0.
-inline GroupView group_view(const Tensor& group, const Tensor& of) {
+// Groups or mask [B, S] of tokens [B, .., S, D].
+inline GroupView group_view(const Tensor& group, const Tensor& tokens) {
   const ScalarType type = group.scalar_type();
-  STD_TORCH_CHECK(group.dim() == 2 && group.size(0) == of.size(0) && group.size(1) == of.size(2),
+  STD_TORCH_CHECK(group.dim() == 2 && group.size(0) == tokens.size(0) && group.size(1) == tokens.size(2),
                   "pruneops: groups do not fit their tokens");
-  check_same_device(group, of);
+  check_same_device(group, tokens);
   const int bytes = type == ScalarType::Long ? 8 : type == ScalarType::Int ? 4 : 1;
   return {group.data_ptr(), {group.stride(0), group.stride(1)}, bytes};
 }
-inline GroupView groups_of(const Tensor& group, const Tensor& of) {
+inline GroupView groups_of(const Tensor& group, const Tensor& tokens) {
   const ScalarType type = group.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int, "pruneops: groups must be int64 or int32");
-  return group_view(group, of);
+  return group_view(group, tokens);
 }
-inline GroupView mask_of(const std::optional<Tensor>& mask, const Tensor& of) {
+inline GroupView mask_of(const std::optional<Tensor>& mask, const Tensor& tokens) {
   if (!mask) return {};
   STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "pruneops: masks must be bool");
-  return group_view(*mask, of);
+  return group_view(*mask, tokens);
 }
 
-// Strides of a [B, H, S, D] tensor, and whether all its rows are whole pieces of 16 bytes.
+// Strides of a [B, H, S, D] tensor, and whether its rows are aligned to 16 bytes and consist of whole 16-byte vectors.
 template <class T>
-bool rows_of(const Tensor& x, int64_t (&stride)[3]) {
+bool row_strides(const Tensor& x, int64_t (&stride)[3]) {
   STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) == 1, "pruneops: features must lie next to each other");
   int64_t all = x.size(3);
   for (int i = 0; i < 3; ++i) {
@@ -56,11 +57,11 @@ inline void check_attention(const Tensor& query, const Tensor& key, int64_t grou
                   "pruneops: key does not fit query");
   STD_TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, "pruneops: ", key.size(1),
                   " heads of keys for ", query.size(1));
-  STD_TORCH_CHECK(1 <= query.size(3) && query.size(3) <= kWidestHead, "pruneops: 1 to ", kWidestHead,
+  STD_TORCH_CHECK(1 <= query.size(3) && query.size(3) <= kMaxHeadDim, "pruneops: 1 to ", kMaxHeadDim,
                   " features a head");
   check_same_device(key, query);
-  STD_TORCH_CHECK(1 <= groups && groups <= kMostKeyGroups, "pruneops: ", groups, " groups");
-  STD_TORCH_CHECK(query.size(2) * query.size(1) < kMostTokens && key.size(2) < kMostTokens,
+  STD_TORCH_CHECK(1 <= groups && groups <= kMaxGroups, "pruneops: ", groups, " groups");
+  STD_TORCH_CHECK(query.size(2) * query.size(1) < kMaxTokens && key.size(2) < kMaxTokens,
                   "pruneops: too many queries or keys");
   const ScalarType type = query.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
@@ -73,11 +74,11 @@ inline void check_attention(const Tensor& query, const Tensor& key, int64_t grou
 }
 
 template <class T>
-Attention<T> attention_of(const Tensor& query, const Tensor& key, int64_t groups, bool causal, double scale,
-                          const std::optional<Tensor>& lse) {
-  Attention<T> p{static_cast<const T*>(query.data_ptr()), static_cast<const T*>(key.data_ptr())};
-  p.query_aligned = rows_of<T>(query, p.query_stride);
-  p.key_aligned = rows_of<T>(key, p.key_stride);
+AttentionParams<T> attention_params(const Tensor& query, const Tensor& key, int64_t groups, bool causal, double scale,
+                                    const std::optional<Tensor>& lse) {
+  AttentionParams<T> p{static_cast<const T*>(query.data_ptr()), static_cast<const T*>(key.data_ptr())};
+  p.query_aligned = row_strides<T>(query, p.query_stride);
+  p.key_aligned = row_strides<T>(key, p.key_stride);
   if (lse) {
     p.lse = static_cast<const float*>(lse->data_ptr());
     for (int i = 0; i < 3; ++i) p.lse_stride[i] = lse->stride(i);
@@ -88,7 +89,7 @@ Attention<T> attention_of(const Tensor& query, const Tensor& key, int64_t groups
   p.ratio = static_cast<int>(query.size(1) / key.size(1));
   p.queries = static_cast<int>(query.size(2));
   p.keys = static_cast<int>(key.size(2));
-  p.width = static_cast<int>(query.size(3));
+  p.head_dim = static_cast<int>(query.size(3));
   p.groups = static_cast<int>(groups);
   return p;
 }

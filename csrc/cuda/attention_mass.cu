@@ -1,4 +1,5 @@
-// Attention between groups of tokens on CUDA; attention.cuh says how and what it costs.
+// Host side of attention_mass: attention from every query group to every key group. Kernels and cost: attention.cuh.
+// docs/kernels/attention.md
 
 #include <optional>
 #include <tuple>
@@ -8,14 +9,14 @@
 namespace pruneops {
 
 template <class T>
-void launch_sums(const Attention<T>& p, int64_t batch, cudaStream_t stream) {
+void launch_sums(const AttentionParams<T>& p, int64_t batch, cudaStream_t stream) {
   launch(attention_sums<T>,
          {batch * p.key_heads * p.tiles * p.splits, kThreads, sizeof(MassShared<T>), p.states ? 1 : p.splits}, stream,
          p);
 }
-template void launch_sums(const Attention<float>&, int64_t, cudaStream_t);
-template void launch_sums(const Attention<__half>&, int64_t, cudaStream_t);
-template void launch_sums(const Attention<__nv_bfloat16>&, int64_t, cudaStream_t);
+template void launch_sums(const AttentionParams<float>&, int64_t, cudaStream_t);
+template void launch_sums(const AttentionParams<__half>&, int64_t, cudaStream_t);
+template void launch_sums(const AttentionParams<__nv_bfloat16>&, int64_t, cudaStream_t);
 
 namespace {
 
@@ -27,28 +28,28 @@ std::tuple<Tensor, Tensor> attention_mass(const Tensor& query, const Tensor& key
   const GroupView from = groups_of(query_group, query), to = groups_of(key_group, key);
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   const Tensor mass = torch::stable::new_empty(query, {batch, heads, groups, groups}, ScalarType::Float);
-  const Tensor found = torch::stable::new_empty(query, {batch, heads, queries}, ScalarType::Float);
-  if (batch * heads == 0) return {mass, found};
+  const Tensor lse_out = torch::stable::new_empty(query, {batch, heads, queries}, ScalarType::Float);
+  if (batch * heads == 0) return {mass, lse_out};
   const cudaStream_t stream = current_stream(query);
   if (queries == 0) {
     check(cudaMemsetAsync(mass.data_ptr(), 0, batch * heads * groups * groups * sizeof(float), stream),
           "cudaMemsetAsync");
-    return {mass, found};
+    return {mass, lse_out};
   }
-  by_element(query.scalar_type(), [&](auto zero) {
+  dispatch_dtype(query.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Attention<T> p = attention_of<T>(query, key, groups, causal, scale, lse);
+    AttentionParams<T> p = attention_params<T>(query, key, groups, causal, scale, lse);
     p.query_group = from;
     p.key_group = to;
     p.mass = static_cast<float*>(mass.data_ptr());
-    p.found = static_cast<float*>(found.data_ptr());
+    p.lse_out = static_cast<float*>(lse_out.data_ptr());
     if (plan_sums(p, has_clusters())) return launch_sums(p, batch, stream);
-    const Tensor memory = scratch(query, p.state_floats(batch));
+    const Tensor memory = workspace(query, p.state_floats(batch));
     p.states = static_cast<float*>(memory.data_ptr());
     launch_sums(p, batch, stream);
     launch(attention_combine<T>, {batch * heads, kThreads, sizeof(CombineShared)}, stream, p);
   });
-  return {mass, found};
+  return {mass, lse_out};
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-// Attention that every key receives from marked queries on CUDA; attention.cuh says how and what it costs.
+// Host side of attention_received: attention that every key receives from the queries of a mask. Kernels and cost:
+// attention.cuh.
+// docs/kernels/attention.md
 
 #include <optional>
 
@@ -21,9 +23,9 @@ Tensor attention_received(const Tensor& query, const Tensor& key, const std::opt
     check(cudaMemsetAsync(received.data_ptr(), 0, batch * heads * keys * sizeof(float), stream), "cudaMemsetAsync");
     return received;
   }
-  by_element(query.scalar_type(), [&](auto zero) {
+  dispatch_dtype(query.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Attention<T> p = attention_of<T>(query, key, 1, causal, scale, lse);
+    AttentionParams<T> p = attention_params<T>(query, key, 1, causal, scale, lse);
     p.query_group = from;
     p.key_group = to;
     p.received = static_cast<float*>(received.data_ptr());
@@ -31,12 +33,12 @@ Tensor attention_received(const Tensor& query, const Tensor& key, const std::opt
       launch(attention_received_sums<T>,
              {batch * p.key_heads * p.splits, kThreads, size_t(received_bytes(p)), cluster}, stream, p, state_splits);
     };
-    if (plan_received_alone(p, has_clusters())) return run(0, p.splits);
+    if (plan_received_fused(p, has_clusters())) return run(0, p.splits);
     std::optional<Tensor> memory;
     int state_splits = 0;
     if (!lse) {
       plan_sums(p, false);
-      memory = scratch(query, p.state_floats(batch));
+      memory = workspace(query, p.state_floats(batch));
       p.states = static_cast<float*>(memory->data_ptr());
       launch_sums(p, batch, stream);
       state_splits = p.splits;

@@ -1,4 +1,4 @@
-// A team of co-resident blocks that meet without leaving the kernel.
+// A block group: co-resident blocks of one launch that synchronise within the kernel.
 
 #pragma once
 
@@ -6,17 +6,17 @@
 
 namespace pruneops {
 
-constexpr int kTeamPitch = 32;  // counters of two teams never share a cache line
+constexpr int kBarrierPitch = 32;  // in counters: no two groups share a cache line
 
-// Needs a cooperative launch, and a counter that was zero when it began.
-struct Team {
+// Needs a cooperative launch, and a counter per group that is zero at launch.
+struct BlockGroup {
   unsigned* arrivals;
   int blocks;
   int rank;  // of this block
   unsigned target = 0;
 
-  // All threads of all blocks; what any wrote before is seen by every one after. About 2 us over 132 blocks.
-  __device__ void meet() {
+  // Barrier over all threads of all blocks; writes before it are visible to all after it. About 2 us for 132 blocks.
+  __device__ void sync() {
     __syncthreads();
     if (blocks == 1) return;
     target += blocks;

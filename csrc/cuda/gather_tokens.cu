@@ -1,14 +1,18 @@
-// Some of the tokens of tensors of any shape on CUDA; cuda/token_copy.cuh says how and what it costs.
+// gather_tokens on CUDA: argument checks and registration; cuda/token_copy.cu copies.
 // pruneops/reference/gather_tokens.py is the specification.
+// Documentation: docs/kernels/token_copy.md
 
-#include "cuda/token_copy_launch.cuh"
+#include "cuda/host.cuh"
+#include "cuda/token_copy.cuh"
 
 namespace pruneops {
 namespace {
 
+using Tensors = std::vector<Tensor>;
+
 Tensors gather_tokens(Tensors tensors, Tensor keep, std::vector<int64_t> dims) {
   Tensors results;
-  run(plan_gather(tensors, keep, dims, results), keep);
+  launch_plan(plan_gather(tensors, keep, dims, results), keep);
   return results;
 }
 

@@ -1,32 +1,25 @@
-// Keeping some of the tokens of caches on CUDA, in new tensors or in place; cuda/token_copy.cuh says how and what it costs.
+// kv_compact and kv_compact_ on CUDA: argument checks and registration; cuda/token_copy.cu copies.
 // pruneops/reference/kv_compact.py is the specification.
+// Documentation: docs/kernels/token_copy.md
 
-#include "cuda/token_copy_launch.cuh"
+#include "cuda/host.cuh"
+#include "cuda/token_copy.cuh"
 
 namespace pruneops {
-
-void run(const Plan& plan, const Tensor& keep) {
-  if (plan.jobs.empty()) return;
-  const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
-  const cudaStream_t stream = current_stream(keep);
-  each_launch(plan, kEnoughBlocks, [&](const Moves& moves, int64_t blocks) {
-    const size_t shared_bytes = plan.in_place ? kPlaceTiles * sizeof(Places) : 0;
-    launch(plan.in_place ? move_tokens<true> : move_tokens<false>, {blocks, kMoveThreads, shared_bytes}, stream, moves);
-  });
-}
-
 namespace {
 
+using Tensors = std::vector<Tensor>;
+
 Tensors kv_compact(Tensors caches, Tensor keep, std::optional<Tensor> lengths) {
-  expect_caches(caches, keep, false);
+  check_caches(caches, keep, false);
   Tensors results = token_copy::new_caches(caches, keep.size(keep.dim() - 1));
-  run(plan_compact(caches, results, keep, lengths, false), keep);
+  launch_plan(plan_compact(caches, results, keep, lengths, false), keep);
   return results;
 }
 
 void kv_compact_(Tensors caches, Tensor keep, std::optional<Tensor> lengths) {
-  expect_caches(caches, keep, true);
-  run(plan_compact(caches, caches, keep, lengths, true), keep);
+  check_caches(caches, keep, true);
+  launch_plan(plan_compact(caches, caches, keep, lengths, true), keep);
 }
 
 }  // namespace

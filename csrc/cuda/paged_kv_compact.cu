@@ -1,15 +1,19 @@
-// Keeping some of the tokens of paged caches on CUDA, in place; cuda/token_copy.cuh says how and what it costs.
+// paged_kv_compact_ on CUDA: argument checks and registration; cuda/token_copy.cu copies.
 // pruneops/reference/paged_kv_compact.py is the specification.
+// Documentation: docs/kernels/token_copy.md
 
-#include "cuda/token_copy_launch.cuh"
+#include "cuda/host.cuh"
+#include "cuda/token_copy.cuh"
 
 namespace pruneops {
 namespace {
 
+using Tensors = std::vector<Tensor>;
+
 void paged_kv_compact_(Tensors pages, Tensor block_table, Tensor keep, Tensor lengths, bool nhd) {
   const Plan plan = plan_paged(pages, block_table, keep, lengths, nhd);
-  token_copy::expect(block_table.size(1) <= UINT32_MAX / plan.positions.page, "too many positions");
-  run(plan, keep);
+  token_copy::check(block_table.size(1) <= UINT32_MAX / plan.positions.page_size, "too many positions");
+  launch_plan(plan, keep);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Similarity of two tokens from their product and one number of each.
+// Similarity of two tokens from their dot product and a norm factor of each.
 
 #pragma once
 
@@ -9,15 +9,15 @@
 
 namespace pruneops {
 
-// What similarity needs of one token besides the product: 1 / norm (cosine; 0 for a zero vector) or squared norm
-// (euclidean). NaN for a token that is not finite, so that its similarities are NaN and never compare.
-__device__ __forceinline__ float companion_of(float square, bool cosine) {
+// `square` is |x|^2. Cosine: 1 / |x|, 0 for a zero vector. Euclidean: |x|^2. NaN for a non-finite token, so that every
+// comparison with its similarities is false.
+__device__ __forceinline__ float norm_factor(float square, bool cosine) {
   if (!(square <= FLT_MAX / 4)) return NAN;
   if (!cosine) return square;
   return square < FLT_MIN ? 0.0f : 1.0f / sqrtf(square);
 }
 
-// Symmetric to the bit.
+// similarity(dot, a, b) and similarity(dot, b, a) have the same bits.
 __device__ __forceinline__ float similarity(float dot, float a, float b, bool cosine) {
   return cosine ? dot * (a * b) : 2 * dot - (a + b);
 }

@@ -1,29 +1,13 @@
-// Moving kept tokens: the kernel and launches of kv_compact, kv_compact_, paged_kv_compact_ and gather_tokens.
-// csrc/token_copy_plan.h says how tokens lie (forms), which tensors there are (jobs) and where tokens come from (positions).
+// Token copies on CUDA: the kernel of kv_compact, kv_compact_, paged_kv_compact_ and gather_tokens.
+// Layouts, copies and positions are those of csrc/token_copy_plan.h.
 //
-// Right to the bit on an H100, where 64 caches 3072 -> 352 of the first case below take 135 us and their floor is 123.
-// The other times are expectations from counted bytes. tests/cuda_emulation runs the kernel on emulated threads.
-//
-// One launch for 128 tensors of at most 7 forms, which travel by value. Nothing is computed: every kept byte is read
-// once and written once, in units of 16 bytes, or of what all addresses and strides of a tensor are multiples of. A
-// block of 256 threads takes a slice of the width of one lane's tokens, a thread one unit of every so-many-th token.
-//   new       a block has one tile of tokens: 8 loads a thread, then 8 stores; zeros past a row's length. Sources leave
-//             the caches first, results stay for whoever reads them next
-//   in place  a block has all tokens, tile by tile, 4 a thread. Positions ascend, so that stores of a tile never meet
-//             loads of a later one: those are issued before, and the one barrier a tile is for its own loads. Slices
-//             and lanes share no bytes. A thread per token finds where it is and goes (position, page, slot), a tile
-//             ahead of its loads. Tokens that stay where they are, are neither read nor written
-//
-// Copies at 4.3 TB/s on an H200 with 1 us of latency need 2.2 MB of loads in flight, 16 KB a multiprocessor. 4 blocks
-// fit there (64 registers a thread), with 32 KB each, in place 16 to 32 KB: 4 to 8 times as much.
-//   64 caches 3072 -> 352, B 1, Hk 32, D 128, bf16   185 MB in and out: floor 86 us. 6144 blocks, 12 waves; one lives
-//       about 2 us if it is alone: parameters, keep and tokens one after the other
-//   64 such caches 3072 -> 2765 in place             1.45 GB in and out: floor 674 us. 2048 blocks, 3.9 waves
-//   64 caches 3072 -> 2765 in place, Hk 4            181 MB in and out: floor 84 us. 256 lanes would leave one block to
-//       some multiprocessors and two to others; slices of 128 bytes make 512 blocks, 3 or 4 for each and 8 to 16 MB in
-//       flight. 22 tiles at 1 us are 22 us: memory is the limit, not latency
-//   one cache 3072 -> 2765 in place, Hk 8            6 MB in and out: floor 3 us. 32 blocks with slices of 64 bytes, 11
-//       tiles at 1 us: latency is
+// Cost: kept bytes read once and written once; one launch for up to 128 tensors of up to 7 groups, passed by value.
+// A block copies a chunk of the width of one slice's tokens; a thread copies one vector of every `rows`-th token.
+//   new       a tile of tokens a block: 8 loads a thread, then 8 stores; zeros past a row's length
+//   in place  all tokens of the slice, tile by tile, 4 a thread. Positions ascend, so the loads of a tile do not alias
+//             the stores of earlier ones: they are issued before those stores. One barrier a tile orders a tile's own
+//             loads before its stores. Threads compute token offsets a tile ahead; unmoved tokens are skipped
+// Documentation: docs/kernels/token_copy.md
 #pragma once
 
 #include <algorithm>
@@ -34,226 +18,232 @@
 
 namespace pruneops {
 
-constexpr int kMoveThreads = 256;
-constexpr int kMoveBlocks = 4;                   // of a multiprocessor
-constexpr int kNewTokens = 8;                    // of a thread, at a time
-constexpr int kInPlaceTokens = 4;                // and as many of the next tile
-constexpr int kEnoughBlocks = 512;               // in place
-constexpr int kSector = 32;                      // bytes: the least that memory moves
-constexpr int kMostJobs = 128, kMostGroups = 7;  // of a launch
-constexpr int64_t kMostKept = 1 << 30;           // of a lane: counted by ints
+constexpr int kCopyThreads = 256;
+constexpr int kCopyBlocksPerSm = 4;
+constexpr int kNewTokens = 8;                    // of a thread, in flight
+constexpr int kInPlaceTokens = 4;                // of a thread and tile; those of two tiles are in flight
+constexpr int kMinInPlaceBlocks = 512;           // of all launches of a plan
+constexpr int kSectorBytes = 32;                 // smallest memory transaction
+constexpr int kMaxCopies = 128, kMaxGroups = 7;  // of a launch
+constexpr int64_t kMaxKept = 1 << 30;            // tokens of a slice: their indices are ints
 
-// Jobs whose tokens lie alike and move in units of the same size.
-struct Group {
-  Form form;
-  int unit;                        // bytes
-  int slice;                       // units of a token that a block moves
-  unsigned slices, tiles, blocks;  // blocks: lanes * tiles * slices
+// Copies of the same layout and vector width.
+struct CopyGroup {
+  Layout layout;
+  int vec_bytes;
+  int chunk;                       // vectors of a token that a block copies
+  unsigned chunks, tiles, blocks;  // blocks = slices * tiles * chunks
 };
 
-struct Moves {
+struct CopyParams {
   Positions positions;
-  Group groups[kMostGroups];
-  const char* from[kMostJobs];
-  char* to[kMostJobs];
-  uint8_t group[kMostJobs];
-  unsigned blocks;  // of every job: as many as one of them needs
+  CopyGroup groups[kMaxGroups];
+  const char* src[kMaxCopies];
+  char* dst[kMaxCopies];
+  uint8_t group[kMaxCopies];
+  unsigned blocks;  // of each copy: the maximum over its groups
 };
-static_assert(sizeof(Moves) <= 4096, "parameters of a kernel");
+static_assert(sizeof(CopyParams) <= 4096, "kernel parameters");
 
-// What a thread moves of a lane: one unit of tokens row, row + rows, ...
-struct Share {
-  const char* from;  // its unit at position 0
-  char* to;
+// What a thread copies of a slice: one vector of tokens row, row + rows, ...
+struct ThreadCopy {
+  const char* src;  // its vector at position 0
+  char* dst;
   const int64_t* keep;
   int64_t batch;
   int length, row, rows;
 };
 
-template <class Unit>
-__device__ __forceinline__ void move_tile(const Positions& positions, const Form& form, const Share& share,
+template <class Vec>
+__device__ __forceinline__ void copy_tile(const Positions& positions, const Layout& layout, const ThreadCopy& copy,
                                           unsigned tile) {
-  const int first = tile * share.rows * kNewTokens + share.row;
+  const int first = tile * copy.rows * kNewTokens + copy.row;
   int64_t position[kNewTokens];
-  Unit unit[kNewTokens];
+  Vec vec[kNewTokens];
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
-    const int token = first + i * share.rows;
-    position[i] = token < share.length ? share.keep[token * positions.keep_token] : -1;
+    const int token = first + i * copy.rows;
+    position[i] = token < copy.length ? copy.keep[token * positions.keep_stride] : -1;
   }
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
-    const char* from = share.from + position[i] * form.from_token;
-    unit[i] = position[i] >= 0 ? load_once(reinterpret_cast<const Unit*>(from)) : Unit{};
+    const char* src = copy.src + position[i] * layout.src_token_stride;
+    vec[i] = position[i] >= 0 ? load_streaming(reinterpret_cast<const Vec*>(src)) : Vec{};
   }
 #pragma unroll
   for (int i = 0; i < kNewTokens; ++i) {
-    const int token = first + i * share.rows;
-    if (token < positions.count) *reinterpret_cast<Unit*>(share.to + token * form.to_token) = unit[i];
+    const int token = first + i * copy.rows;
+    if (token < positions.count) *reinterpret_cast<Vec*>(copy.dst + token * layout.dst_token_stride) = vec[i];
   }
 }
 
-// Bytes from position 0 to where the tokens of a tile are and go; -1 for one that stays.
-constexpr int kPlaceTiles = 3;  // in shared memory
-struct Places {
-  int64_t from[kMoveThreads], to[kMoveThreads];
+// Byte offsets of the tokens of a tile from position 0, in shared memory; -1 for an unmoved token.
+constexpr int kOffsetStages = 3;
+struct TileOffsets {
+  int64_t src[kCopyThreads], dst[kCopyThreads];
 };
 
-// Positions::offset of a position in pages by 32-bit divisions.
-__device__ __forceinline__ int64_t offset_of(const Positions& positions, const Form& form, int64_t batch,
-                                             int64_t position) {
-  if (!positions.table) return position * form.from_token;
-  const unsigned page = unsigned(positions.page), block = unsigned(position) / page;
-  const int64_t number = positions.table[batch * positions.table_batch + block * positions.table_block];
-  return number * form.page_stride + int64_t(unsigned(position) % page) * form.from_token;
+// Positions::offset by 32-bit divisions.
+__device__ __forceinline__ int64_t token_offset(const Positions& positions, const Layout& layout, int64_t batch,
+                                                int64_t position) {
+  if (!positions.block_table) return position * layout.src_token_stride;
+  const unsigned page_size = unsigned(positions.page_size), block = unsigned(position) / page_size;
+  const int64_t page =
+      positions.block_table[batch * positions.table_batch_stride + block * positions.table_block_stride];
+  return page * layout.page_stride + int64_t(unsigned(position) % page_size) * layout.src_token_stride;
 }
 
-template <class Unit>
-__device__ __forceinline__ void move_in_place(const Positions& positions, const Form& form, const Share& share) {
-  Places* const places = &shared<Places>();
-  const int tid = threadIdx.x, tokens = min(share.rows * kInPlaceTokens, kMoveThreads);  // of a tile
-  const auto find = [&](Places& tile, int first) {
+template <class Vec>
+__device__ __forceinline__ void copy_in_place(const Positions& positions, const Layout& layout,
+                                              const ThreadCopy& copy) {
+  TileOffsets* const offsets = &shared<TileOffsets>();
+  const int tid = threadIdx.x, tokens = min(copy.rows * kInPlaceTokens, kCopyThreads);  // of a tile
+  const auto compute_offsets = [&](TileOffsets& tile, int first) {
     const int token = first + tid;
-    if (tid >= tokens || token >= share.length) return;
-    const int64_t position = share.keep[token * positions.keep_token];
-    const bool stays = position == token;
-    tile.from[tid] = stays ? -1 : offset_of(positions, form, share.batch, position);
-    tile.to[tid] = stays ? -1 : offset_of(positions, form, share.batch, token);
+    if (tid >= tokens || token >= copy.length) return;
+    const int64_t position = copy.keep[token * positions.keep_stride];
+    const bool unmoved = position == token;
+    tile.src[tid] = unmoved ? -1 : token_offset(positions, layout, copy.batch, position);
+    tile.dst[tid] = unmoved ? -1 : token_offset(positions, layout, copy.batch, token);
   };
-  const auto each = [&](const int64_t* offsets, int first, const auto& move) {
+  const auto for_each_token = [&](const int64_t* tile, int first, const auto& access) {
     int64_t offset[kInPlaceTokens];
 #pragma unroll
     for (int i = 0; i < kInPlaceTokens; ++i) {
-      const int at = share.row + i * share.rows;
-      offset[i] = at < tokens && first + at < share.length ? offsets[at] : -1;
+      const int token = copy.row + i * copy.rows;
+      offset[i] = token < tokens && first + token < copy.length ? tile[token] : -1;
     }
 #pragma unroll
     for (int i = 0; i < kInPlaceTokens; ++i)
-      if (offset[i] >= 0) move(i, reinterpret_cast<Unit*>(share.to + offset[i]));
+      if (offset[i] >= 0) access(i, reinterpret_cast<Vec*>(copy.dst + offset[i]));
   };
-  using Units = Unit[kInPlaceTokens];
-  const auto load = [&](Units& units, int tile, int first) {
-    each(places[tile].from, first, [&](int i, const Unit* unit) { units[i] = *unit; });
+  using Vecs = Vec[kInPlaceTokens];
+  const auto load = [&](Vecs& vecs, int stage, int first) {
+    for_each_token(offsets[stage].src, first, [&](int i, const Vec* vec) { vecs[i] = *vec; });
   };
-  int now = 0, next = 1, later = 2;
-  const auto step = [&](Units& units, Units& ahead, int first) {
-    __syncthreads();  // this tile is all read; where the next one goes is known
-    load(ahead, next, first + tokens);
-    find(places[later], first + 2 * tokens);
-    each(places[now].to, first, [&](int i, Unit* unit) { *unit = units[i]; });
-    const int done = now;
-    now = next, next = later, later = done;
+  int current = 0, next = 1, after_next = 2;
+  const auto step = [&](Vecs& vecs, Vecs& next_vecs, int first) {
+    __syncthreads();  // the current tile is loaded, the offsets of the next one are computed
+    load(next_vecs, next, first + tokens);
+    compute_offsets(offsets[after_next], first + 2 * tokens);
+    for_each_token(offsets[current].dst, first, [&](int i, Vec* vec) { *vec = vecs[i]; });
+    const int free = current;
+    current = next, next = after_next, after_next = free;
   };
-  Units units, ahead;
-  find(places[now], 0);
-  find(places[next], tokens);
+  Vecs vecs, next_vecs;
+  compute_offsets(offsets[current], 0);
+  compute_offsets(offsets[next], tokens);
   __syncthreads();
-  load(units, now, 0);
-  for (int first = 0; first < share.length; first += 2 * tokens) {
-    step(units, ahead, first);
-    step(ahead, units, first + tokens);
+  load(vecs, current, 0);
+  for (int first = 0; first < copy.length; first += 2 * tokens) {
+    step(vecs, next_vecs, first);
+    step(next_vecs, vecs, first + tokens);
   }
 }
 
-// Block (job, lane, tile, slice); in place there is one tile.
+// Block (copy, slice, tile, chunk); in place there is one tile.
 template <bool IN_PLACE>
-__global__ void __launch_bounds__(kMoveThreads, kMoveBlocks) move_tokens(const __grid_constant__ Moves p) {
-  const unsigned job = blockIdx.x / p.blocks;
+__global__ void __launch_bounds__(kCopyThreads, kCopyBlocksPerSm)
+    copy_tokens(const __grid_constant__ CopyParams p) {
+  const unsigned copy_index = blockIdx.x / p.blocks;
   unsigned index = blockIdx.x % p.blocks;
-  const Group& group = p.groups[p.group[job]];
+  const CopyGroup& group = p.groups[p.group[copy_index]];
   if (index >= group.blocks) return;
-  const unsigned slice = index % group.slices;
-  index /= group.slices;
+  const unsigned chunk = index % group.chunks;
+  index /= group.chunks;
   const unsigned tile = index % group.tiles;
-  const Lane lane = group.form.lane(index / group.tiles);
+  const SliceOffsets slice = group.layout.slice(index / group.tiles);
 
-  Share share;
-  const int tid = threadIdx.x, column = tid % group.slice;
-  const int64_t byte = (int64_t(slice) * group.slice + column) * group.unit;
-  share.from = p.from[job] + lane.from + byte;
-  share.to = p.to[job] + lane.to + byte;
-  share.keep = p.positions.keep + lane.keep;
-  share.batch = lane.batch;
-  share.length = int(min(p.positions.length(lane.batch), p.positions.count));
-  share.row = tid / group.slice;
-  share.rows = kMoveThreads / group.slice;
-  const bool idle = share.row >= share.rows || byte >= group.form.width;
+  ThreadCopy copy;
+  const int tid = threadIdx.x, column = tid % group.chunk;
+  const int64_t byte = (int64_t(chunk) * group.chunk + column) * group.vec_bytes;
+  copy.src = p.src[copy_index] + slice.src + byte;
+  copy.dst = p.dst[copy_index] + slice.dst + byte;
+  copy.keep = p.positions.keep + slice.keep;
+  copy.batch = slice.batch;
+  copy.length = int(min(p.positions.length(slice.batch), p.positions.count));
+  copy.row = tid / group.chunk;
+  copy.rows = kCopyThreads / group.chunk;
+  const bool idle = copy.row >= copy.rows || byte >= group.layout.width;
   if (idle && !IN_PLACE) return;
-  if (idle) share.row = kMoveThreads;  // of no tile
+  if (idle) copy.row = kCopyThreads;  // outside of every tile; the thread still takes part in barriers
 
-  const auto move = [&](auto unit) {
-    using Unit = decltype(unit);
+  const auto run = [&](auto vec) {
+    using Vec = decltype(vec);
     if constexpr (IN_PLACE)
-      move_in_place<Unit>(p.positions, group.form, share);
+      copy_in_place<Vec>(p.positions, group.layout, copy);
     else
-      move_tile<Unit>(p.positions, group.form, share, tile);
+      copy_tile<Vec>(p.positions, group.layout, copy, tile);
   };
-  switch (group.unit) {
-    case 16: return move(uint4{});
-    case 8: return move(uint64_t{});
-    case 4: return move(uint32_t{});
-    case 2: return move(uint16_t{});
-    default: return move(uint8_t{});
+  switch (group.vec_bytes) {
+    case 16: return run(uint4{});
+    case 8: return run(uint64_t{});
+    case 4: return run(uint32_t{});
+    case 2: return run(uint16_t{});
+    default: return run(uint8_t{});
   }
 }
 
-// Cuts tokens into about `least` slices or more: of whole sectors, two or more, of a size that gives 9 of 10 threads
-// a unit to move, or as many as can be.
-inline void cut(Group& group, int64_t least) {
-  const int64_t units = group.form.width / group.unit, sector = std::max(1, kSector / group.unit);
-  const auto parts = [&](int64_t size) { return (units + size - 1) / size; };
-  const int64_t narrow = std::min(units, 2 * sector), about = (parts(least) + sector - 1) / sector * sector;
-  int64_t size = std::min({units, std::max(narrow, about), int64_t(kMoveThreads)}), most = 0;
-  for (; size >= narrow && most < kMoveThreads * 9 / 10; size -= sector) {
-    const int64_t busy = kMoveThreads / size * units / parts(size);
-    if (busy > most) most = busy, group.slice = int(size), group.slices = unsigned(parts(size));
+// Divides the width of a token into about `min_chunks` chunks or more. A chunk is a whole number of sectors, at least
+// two, and of a size that gives 9 of 10 threads a vector, or as many threads as possible.
+inline void choose_chunk(CopyGroup& group, int64_t min_chunks) {
+  const int64_t vecs = group.layout.width / group.vec_bytes, sector = std::max(1, kSectorBytes / group.vec_bytes);
+  const auto parts = [&](int64_t size) { return (vecs + size - 1) / size; };
+  const int64_t min_size = std::min(vecs, 2 * sector), target = (parts(min_chunks) + sector - 1) / sector * sector;
+  int64_t size = std::min({vecs, std::max(min_size, target), int64_t(kCopyThreads)}), max_active = 0;
+  for (; size >= min_size && max_active < kCopyThreads * 9 / 10; size -= sector) {
+    const int64_t active = kCopyThreads / size * vecs / parts(size);
+    if (active > max_active) max_active = active, group.chunk = int(size), group.chunks = unsigned(parts(size));
   }
 }
 
-inline Group group_of(const Plan& plan, int form, int unit, int64_t least) {
-  Group group{plan.forms[form], unit};
-  cut(group, plan.in_place ? least : 1);
-  const int64_t tile = plan.in_place ? plan.positions.count : kMoveThreads / group.slice * kNewTokens;
-  const int64_t tiles = (plan.positions.count + tile - 1) / tile, blocks = group.form.lanes() * tiles * group.slices;
-  token_copy::expect(plan.positions.count <= kMostKept && blocks <= INT32_MAX, "more to move than one launch can");
+inline CopyGroup make_group(const Plan& plan, int layout, int vec_bytes, int64_t min_chunks) {
+  CopyGroup group{plan.layouts[layout], vec_bytes};
+  choose_chunk(group, plan.in_place ? min_chunks : 1);
+  const int64_t tile = plan.in_place ? plan.positions.count : kCopyThreads / group.chunk * kNewTokens;
+  const int64_t tiles = (plan.positions.count + tile - 1) / tile, blocks = group.layout.slices() * tiles * group.chunks;
+  token_copy::check(plan.positions.count <= kMaxKept && blocks <= INT32_MAX, "too many tokens for one launch");
   group.tiles = unsigned(tiles), group.blocks = unsigned(blocks);
   return group;
 }
 
-// Calls launch(moves, blocks) for all jobs of a plan: once, if they fit in the parameters. In place there shall be
-// `enough` blocks in all.
+// Calls launch(params, blocks) for all copies of a plan, once if they fit the kernel parameters. In place the width of
+// tokens is divided to give at least `min_blocks` blocks in all.
 template <class Launch>
-void each_launch(const Plan& plan, int64_t enough, const Launch& launch) {
-  int64_t lanes = 0;
-  for (const Job& job : plan.jobs) lanes += plan.forms[job.form].lanes();
-  Moves p{plan.positions};
-  int forms[kMostGroups] = {}, groups = 0;
-  int64_t jobs = 0;
-  const auto add = [&](const Job& job) {  // false: no room
-    const int unit = unit_of(plan.forms[job.form], job);
-    int own = 0;
-    while (own < groups && (forms[own] != job.form || p.groups[own].unit != unit)) ++own;
-    if (jobs == kMostJobs || own == kMostGroups) return false;
-    if (own == groups) {
-      p.groups[own] = group_of(plan, job.form, unit, (enough + lanes - 1) / lanes);
-      forms[groups++] = job.form;
+void for_each_launch(const Plan& plan, int64_t min_blocks, const Launch& launch) {
+  int64_t slices = 0;
+  for (const CopyDesc& copy : plan.copies) slices += plan.layouts[copy.layout].slices();
+  CopyParams p{plan.positions};
+  int layouts[kMaxGroups] = {}, groups = 0;
+  int64_t copies = 0;
+  const auto add = [&](const CopyDesc& copy) {  // false: the launch is full
+    const int vec_bytes = max_vec_bytes(plan.layouts[copy.layout], copy);
+    int group = 0;
+    while (group < groups && (layouts[group] != copy.layout || p.groups[group].vec_bytes != vec_bytes)) ++group;
+    if (copies == kMaxCopies || group == kMaxGroups) return false;
+    if (group == groups) {
+      p.groups[group] = make_group(plan, copy.layout, vec_bytes, (min_blocks + slices - 1) / slices);
+      layouts[groups++] = copy.layout;
     }
-    const unsigned blocks = std::max(p.blocks, p.groups[own].blocks);
-    if ((jobs + 1) * int64_t(blocks) > INT32_MAX) return false;
-    p.from[jobs] = job.from, p.to[jobs] = job.to, p.group[jobs] = uint8_t(own);
-    p.blocks = blocks, ++jobs;
+    const unsigned blocks = std::max(p.blocks, p.groups[group].blocks);
+    if ((copies + 1) * int64_t(blocks) > INT32_MAX) return false;
+    p.src[copies] = copy.src, p.dst[copies] = copy.dst, p.group[copies] = uint8_t(group);
+    p.blocks = blocks, ++copies;
     return true;
   };
-  const auto finish = [&] {
-    if (jobs) launch(p, jobs * p.blocks);
-    jobs = groups = 0, p.blocks = 0;
+  const auto flush = [&] {
+    if (copies) launch(p, copies * p.blocks);
+    copies = groups = 0, p.blocks = 0;
   };
-  for (const Job& job : plan.jobs) {
-    if (add(job)) continue;
-    finish();
-    add(job);
+  for (const CopyDesc& copy : plan.copies) {
+    if (add(copy)) continue;
+    flush();
+    add(copy);
   }
-  finish();
+  flush();
 }
+
+// Defined in token_copy.cu; runs on the current stream of keep's device.
+void launch_plan(const Plan& plan, const torch::stable::Tensor& keep);
 
 }  // namespace pruneops

@@ -1,4 +1,4 @@
-// Tensors as kernels see them: pointer, strides, and how to read one entry.
+// Non-owning views of tensors for kernels: pointer, strides and element access.
 
 #pragma once
 
@@ -20,9 +20,9 @@ __device__ __forceinline__ float value_at(const T* data, int64_t i) {
 template <class T>
 struct Matrix {
   const T* data;
-  int64_t stride;  // elements from row to row; features lie next to each other
+  int64_t stride;  // elements between rows; a row is contiguous
   int width;
-  bool aligned;  // every row starts at a multiple of 16 bytes
+  bool aligned;  // every row starts on a multiple of 16 bytes
 };
 
 // x [B, N, D], or [T, D] with batch stride 0.
@@ -36,13 +36,13 @@ struct Tokens {
   __device__ Matrix<T> matrix(int64_t offset) const { return {data + offset, row_stride, width, aligned}; }
 };
 
-// bool [B, N]; may be null.
-struct Flags {
+// bool [B, N]; data is null if there is no mask.
+struct MaskView {
   const bool* data;
   int64_t stride[2];
 
-  __device__ bool at(int64_t row, int64_t token, bool otherwise) const {
-    return data ? data[row * stride[0] + token * stride[1]] : otherwise;
+  __device__ bool at(int64_t row, int64_t token, bool default_value) const {
+    return data ? data[row * stride[0] + token * stride[1]] : default_value;
   }
 };
 

@@ -3,10 +3,14 @@
 import copy
 import inspect
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..methods._base import uploaded
+from ..methods import Method
+from ..methods.base import to_device_async
 from ..ops import gather_tokens
 from .transformers.models import (
     MODALITIES,
@@ -21,18 +25,18 @@ from .transformers.vision import check_cls_attention, encode, select
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-def prepare(model, inputs, method):
-    """Inputs of `model.generate` whose images are encoded and pruned already; the model itself stays as it is.
+def prepare(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """Inputs of ``model.generate`` whose images are already encoded and pruned; the model is not changed.
 
-    Chunked prefill, static caches, beams, assisted decoding and prompt lookup work as ever, because the model only sees
-    a shorter prompt. Needs transformers 5.18; before that use `patch`.
+    Chunked prefill, static caches, beams, assisted decoding and prompt lookup work as usual, because the model only
+    gets a shorter prompt. Needs transformers 5.18; before that use `patch`.
 
     Parameters
     ----------
     model : PreTrainedModel, or a wrapper around one
-        One of those that `patch` knows.
+        One of those that `patch` supports.
     inputs : mapping
-        What the processor made: input_ids, attention_mask, pixel_values, ... Tensors of the shape of input_ids, such as
+        The processor's output: input_ids, attention_mask, pixel_values, ... Tensors of the shape of input_ids, such as
         labels, are shortened with them.
     method : pruneops.methods.Method
         One that prunes after the projector; its `layers`, if it has any, are ignored.
@@ -40,8 +44,8 @@ def prepare(model, inputs, method):
     Returns
     -------
     dict
-        input_ids, attention_mask, position_ids, mm_encoder_outputs in place of pixels, use_cache=True, and whatever
-        else `inputs` held.
+        input_ids, attention_mask, position_ids, mm_encoder_outputs instead of pixels, ``use_cache=True``, and the
+        other entries of `inputs`.
 
     Raises
     ------
@@ -52,12 +56,20 @@ def prepare(model, inputs, method):
 
     Notes
     -----
-    Distances between positions are the original ones, which is all that rotary embeddings see. The last token of a
-    prompt has the position that follows from the shorter length, so a later turn on the same cache goes on where this
-    one ended. With flash attention, which takes a position 0 for the start of another prompt, the first token has it;
-    there a later turn would stand at wrong distances, so begin anew or use `patch`.
+    Distances between positions are the original ones, and rotary embeddings depend on nothing else. The last token of a
+    prompt has the position that follows from the shorter length, so a later turn on the same cache continues from it.
+    Flash attention takes a position 0 for the start of another prompt; there the first token has it instead, and a
+    later turn would have wrong distances: start a new cache or use `patch`.
 
     Gradients flow to the projector and the vision tower if the model is in training mode.
+
+    Examples
+    --------
+    ::
+
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+        inputs = pruneops.prepare(model, inputs, pruneops.methods.ToDRE(keep=0.1))
+        output = model.generate(**inputs)
     """
     real = find_model("pruneops.prepare", model)
     base = real.base_model
@@ -75,21 +87,21 @@ def prepare(model, inputs, method):
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise UnsupportedError("pruneops.prepare: inputs_embeds cannot be shortened; give input_ids")
-    given = dict(inputs)
+    original = dict(inputs)
     with torch.set_grad_enabled(torch.is_grad_enabled() and real.training):
         encoded = _encode(base, inputs, present, method)
         features = {name: out.pooler_output for name, out in encoded.items()}
         layout = layout_of(real, features, ids, mask=mask)
         if layout is None:
-            return given
+            return original
         chosen = select(method, features, layout.images)
         for name, out in encoded.items():
             encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
     index, _, tokens, _ = keep_tokens(layout.tokens, chosen)
     positions = inputs.get("position_ids")
     if positions is None:
-        positions = real._prepare_position_ids_for_generation(ids, given)
-    names = [name for name, own in inputs.items() if isinstance(own, torch.Tensor) and own.shape == ids.shape]
+        positions = real._prepare_position_ids_for_generation(ids, original)
+    names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.shape == ids.shape]
     names = [name for name in names if name not in ("attention_mask", "position_ids")]
     tensors = gather_tokens([*(inputs[name] for name in names), positions], index, dim=[-1] * (len(names) + 1))
     inputs |= dict(zip(names, tensors))
@@ -103,14 +115,14 @@ def prepare(model, inputs, method):
         inputs["position_ids"] = tensors[-1] - tensors[-1][..., :1]
     else:
         removed = [sum(before) - sum(after) for before, after in zip(layout.tokens.sizes, tokens.sizes)]
-        inputs["position_ids"] = tensors[-1] - uploaded(torch.tensor(removed)[:, None], ids.device)
-    # without a cache and a mask, gaps between positions would pass for packed sequences
+        inputs["position_ids"] = tensors[-1] - to_device_async(torch.tensor(removed)[:, None], ids.device)
+    # without a cache and a mask, gaps between positions would be taken for packed sequences
     inputs["mm_encoder_outputs"], inputs["use_cache"] = encoded, True
     return inputs
 
 
 def _encode(base, inputs, present, method):
-    """{modality: the encoder's outputs}; takes what the encoders read out of `inputs`."""
+    """{modality: the encoder's outputs}; removes the encoders' arguments from `inputs`."""
     encoded, read = {}, set()
     for modality in present:
         encoder = getattr(base, f"get_{modality}_features")
@@ -127,19 +139,19 @@ def _with_fewer_tokens(encoded, rows, chosen, modality):
     """The encoder's outputs, kept tokens only; deepstack features (Qwen3-VL) too."""
     keep = [
         (first, size, ranks)
-        for row, own in zip(rows, chosen)
-        for (name, first, size), ranks in zip(row, own)
+        for row, images in zip(rows, chosen)
+        for (name, first, size), ranks in zip(row, images)
         if name == modality
     ]
     encoded = copy.copy(encoded)
     encoded.pooler_output = _kept(encoded.pooler_output, keep)
     if getattr(encoded, "deepstack_features", None) is not None:
-        encoded.deepstack_features = [_kept(own, keep) for own in encoded.deepstack_features]
+        encoded.deepstack_features = [_kept(tensors, keep) for tensors in encoded.deepstack_features]
     return encoded
 
 
 def _kept(tensors, keep):
-    """One tensor an image where the encoder gave a list; where it gave one, tiles of a size that divides all images."""
+    """A tensor per image if the encoder gave a list, else one tensor of tiles of a size that divides all images."""
     parts = [features_of(tensors, first, size).index_select(0, ranks) for first, size, ranks in keep]
     if not isinstance(tensors, torch.Tensor):
         return parts

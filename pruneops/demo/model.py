@@ -1,10 +1,11 @@
-"""The embedded model: a small `LlavaForConditionalGeneration` that answers questions about `scenes`.
+"""The embedded model, a small `LlavaForConditionalGeneration` that answers questions about `scenes`.
 
 CLIP tower with [CLS] (8 x 8 pixels a token, 16 x 16 tokens), projector, Llama decoder of 8 layers with grouped queries.
 `python -m benchmarks.quality train` makes its weights; weights/ holds them as transformers saves a model, in float16.
 """
 
 from pathlib import Path
+from typing import Any
 
 from .scenes import COLOURS, PATCH, ROW, SIDE
 
@@ -16,7 +17,7 @@ WORDS = (
 )  # fmt: skip
 IDS = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
 PAD, BOS, EOS, _, IMAGE = range(len(SPECIAL))
-CHAT = (  # of a conversation, images and text in their order, no roles
+CHAT = (  # chat template: images and text in their order, no roles
     "{% for message in messages %}{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endfor %}"
 )
@@ -37,15 +38,16 @@ def configuration():
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
-    return LlavaConfig(
+    settings: dict[str, Any] = dict(
         vision_config=tower, text_config=decoder, image_token_id=IMAGE, image_seq_length=ROW**2,
         projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=True,
     )  # fmt: skip
+    return LlavaConfig(**settings)
 
 
 def tokens(text):
-    """Numbers of the words of a text; KeyError on a word that the model does not know."""
+    """Token numbers of a text; KeyError on a word that is not in the vocabulary."""
     return [IDS[word] for word in text.lower().replace("?", " ? ").replace(",", " , ").split()]
 
 
@@ -62,7 +64,7 @@ def normalised(pixels):
 
 
 def processor():
-    """A LlavaProcessor for the model, made from nothing but its vocabulary."""
+    """A LlavaProcessor for the model, made from its vocabulary."""
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -94,7 +96,7 @@ def load(device="cpu", path=WEIGHTS):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -103,13 +105,13 @@ def load(device="cpu", path=WEIGHTS):
 
 
 def inputs(pixels, texts, device="cpu"):
-    """What `generate` takes for a question about each picture.
+    """Arguments of `generate` for a question about each picture.
 
     Parameters
     ----------
     pixels : Tensor [B, SIDE, SIDE, 3], uint8
     texts : sequence of str
-        B questions in words of the vocabulary.
+        B questions of words of the vocabulary.
 
     Returns
     -------

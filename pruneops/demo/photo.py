@@ -1,12 +1,13 @@
-"""Photographs: read from files of any kind, squeezed into the square that the model sees."""
+"""Photographs: read from files of any format, squeezed into the square input of the model."""
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from . import DemoError
 
 
-def load(path):
+def load(path: str | Path) -> Any:
     """The photograph at `path`, upright, as an RGB image.
 
     Raises
@@ -27,20 +28,20 @@ def load(path):
         if path.stat().st_size == 0:
             raise DemoError(f"--image {path}: the file is empty")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata, large images: none of them stops the demo
+            warnings.simplefilter("ignore")  # about metadata and large images
             with Image.open(path) as image:
                 return _rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:
         raise DemoError(f"--image {path}: not an image that Pillow can read") from None
     except Image.DecompressionBombError:
-        raise DemoError(f"--image {path}: too large (more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels)") from None
+        raise DemoError(f"--image {path}: too large (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels)") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise DemoError(f"--image {path}: cannot be read: {reason}") from None
 
 
-def squeezed(photo, side):
-    """A photograph as a square, whatever its shape: uint8 [side, side, 3]."""
+def squeezed(photo: Any, side: int) -> Any:
+    """A photograph resized to a square: uint8 [side, side, 3]."""
     import numpy as np
     from PIL import Image
 
@@ -48,7 +49,7 @@ def squeezed(photo, side):
 
 
 def _rgb(image):
-    """RGB of any mode; what is transparent becomes white, 16-bit grey keeps its high byte."""
+    """RGB of any mode; transparent pixels become white, 16-bit grey keeps its high byte."""
     import numpy as np
     from PIL import Image
 

@@ -1,7 +1,7 @@
 """The demo: the same questions about a picture to the same model, with all visual tokens and pruned.
 
-Every question is a request of its own, first to the model as it is, then through `pruneops.patch`, the two in turns.
-Hooks on the model's parts read the clock.
+Every question is a separate request, first to the unpatched model, then through `pruneops.patch`, alternately. Hooks on
+the model's parts measure time.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .. import __version__, backend, backends
-from ..methods._base import METHODS
+from ..backends import BackendName
+from ..methods.base import METHODS
 from . import DemoError, model, photo, scenes
 
 KEEP = 0.1
@@ -25,25 +26,25 @@ PICTURES, SCENES, LIBRARIES = ("numpy", "PIL", "tqdm"), ("skimage", "scipy", "sk
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 EXAMPLES = '"which digit is red ?", "what colour is the 5 ?", "which is larger , red or blue ?", "list all digits"'
 WAYS = ("unpruned", "pruned")
-ONCE = ("picture", "libraries", "model")
+ONCE = ("picture", "libraries", "model")  # stages that run once
 STAGES = ("tower + projector", "selection", "prefill", "decode, per token", "whole answer")
 MARKS = {True: " right", False: " WRONG", None: ""}
 PAIRS = 100  # more comparisons than any scene has
 
 
 def run(
-    image=None,
+    image: str | Path | None = None,
     *,
-    question=None,
-    method="todre",
-    keep=None,
-    out="pruneops-demo.png",
-    save=None,
-    seed=0,
-    device="auto",
-    backend_name="auto",
-    runs=3,
-):
+    question: str | None = None,
+    method: str = "todre",
+    keep: float | int | None = None,
+    out: str | Path = "pruneops-demo.png",
+    save: str | Path | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    backend_name: BackendName = "auto",
+    runs: int = 3,
+) -> dict[str, Any]:
     """Run the demo and write its picture.
 
     Parameters
@@ -51,7 +52,7 @@ def run(
     image : path, optional
         Photograph; by default a test scene, whose answers are known.
     question : str, optional
-        In the model's words; by default one of every kind, about a photograph two that always make sense.
+        Of words that the model knows; by default one of every kind, or two that fit any photograph.
     method : str
         Name of a method of `pruneops.methods`; settings other than `keep` and `Random`'s seed are its defaults.
     keep : float or int, optional
@@ -61,31 +62,31 @@ def run(
     save : path, optional
         Where to write the returned record as JSON.
     seed : int
-        Of the scene, of the choice among its questions, of the method `random`.
+        Of the scene, the choice among its questions and the method `random`.
     device : {"auto", "cpu", "cuda"}
     backend_name : str
         As in `pruneops.backend`.
     runs : int
-        Timed turns after one to warm up; medians count.
+        Timed runs after one to warm up; medians are reported.
 
     Returns
     -------
     dict
-        What was asked, answered, kept and measured, fit for JSON; seconds and bytes.
+        Questions, answers, kept tokens and measurements in seconds and bytes, JSON-serialisable.
 
     Raises
     ------
     DemoError, BackendUnavailable
-        When it cannot run as asked; nothing is written then.
+        On bad arguments; nothing is written then.
     """
-    method = _method(method, keep, seed)
-    text = None if question is None else _in_words(question)
+    pruning = _method(method, keep, seed)
+    text = None if question is None else _normalised_question(question)
     _require(PICTURES)
     out = _picture_path(out)
     save = None if save is None else _parent_checked(save, "--save")
-    device = _device(device)
+    torch_device = _device(device)
     with backend(backend_name):
-        served_by = backends.choose(device.type)
+        chosen_backend = backends.choose(torch_device.type)
 
     from tqdm import tqdm
 
@@ -93,10 +94,10 @@ def run(
     bar = tqdm(total=runs + 5, disable=None, leave=False, bar_format="{desc:20}{bar:30} {n}/{total}")
     try:
         with bar, torch.inference_mode(), backend(backend_name):
-            record, picture = _measure(_Stages(device, bar), image, text, method, seed, runs, form)
+            record, picture = _measure(_Stages(torch_device, bar), image, text, pruning, seed, runs, form)
     except torch.OutOfMemoryError:
         raise DemoError("the GPU ran out of memory; try --device cpu") from None
-    record = {"version": __version__, "backend": served_by, "picture": str(out), **record}
+    record = {"version": __version__, "backend": chosen_backend, "picture": str(out), **record}
     _write(out, picture)
     if save is not None:
         _write(save, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
@@ -104,53 +105,54 @@ def run(
 
 
 class View(NamedTuple):
-    """A picture uint8 [SIDE, SIDE, 3], where it comes from (for the record), and questions about it."""
+    """A picture uint8 [SIDE, SIDE, 3], its origin for the record, and questions about it."""
 
-    pixels: object
-    origin: dict
-    questions: list
+    pixels: Any
+    origin: dict[str, Any]
+    questions: list[scenes.Question]
 
 
 class Answer(NamedTuple):
-    """What one request gave: `kept` maps layers to the ranks left from there on, where tokens were dropped."""
+    """Result of one request; `kept` maps each layer at which tokens were removed to the ranks left from there on."""
 
     text: str
-    seconds: dict
-    stats: object = None
-    kept: dict | None = None
+    seconds: dict[str, Any]
+    stats: Any = None
+    kept: dict[int, Any] | None = None
 
 
-class Watched:
-    """A method that remembers what it leaves of a single picture: for every layer at which tokens go, their ranks."""
+class KeptRecorder:
+    """A method that records what it keeps of a single picture: layer at which tokens are removed -> ranks left."""
 
-    def __init__(self, method):
-        self.method, self.kept = method, {}
+    def __init__(self, method: Any) -> None:
+        self.method = method
+        self.kept: dict[int, Any] = {}
 
     def __getattr__(self, name):
         return getattr(self.method, name)
 
     def select_each(self, images):
         (chosen,) = self.method.select_each(images)
-        self._note(0, torch.arange(len(images[0].features)), chosen)
+        self._record(0, torch.arange(len(images[0].features)), chosen)
         return [chosen]
 
     def at_layer(self, layer, row, count):
         chosen = self.method.at_layer(layer, row, count)
         if chosen is not None:
-            self._note(layer, [*self.kept.values()][-1] if self.kept else torch.arange(len(row.visual)), chosen)
+            self._record(layer, [*self.kept.values()][-1] if self.kept else torch.arange(len(row.visual)), chosen)
         return chosen
 
-    def _note(self, layer, before, chosen):
+    def _record(self, layer, before, chosen):
         if len(chosen) < len(before):
             self.kept[layer] = before[chosen.cpu()]
 
 
-def report(record):
+def report(record: dict[str, Any]) -> str:
     """The tables that `pruneops demo` prints."""
     questions, seconds = record["questions"], record["seconds"]
-    layers = [[_span(own) for own in zip(*(q[way]["visual_tokens"] for q in questions))] for way in WAYS]
+    layers = [[_span(counts) for counts in zip(*(q[way]["visual_tokens"] for q in questions))] for way in WAYS]
     stages = [[stage, *(_duration(seconds[way][stage]) for way in WAYS)] for stage in STAGES]
-    whole, small = (statistics.mean(q[way]["kv_bytes"] for q in questions) for way in WAYS)
+    unpruned, pruned = (statistics.mean(q[way]["kv_bytes"] for q in questions) for way in WAYS)
     return "\n".join(
         [
             f"picture         {_origin(record['image'])}",
@@ -164,7 +166,7 @@ def report(record):
                 [["visual tokens in layer", *map(str, range(len(layers[0])))]]
                 + [[f"  {way}", *row] for way, row in zip(WAYS, layers)]
             ),
-            f"KV cache after the prompt: {_size(whole)} -> {_size(small)}, {whole / small:.1f}x smaller",
+            f"KV cache after the prompt: {_size(unpruned)} -> {_size(pruned)}, {unpruned / pruned:.1f}x smaller",
             "",
             *_table([["time of a question", *WAYS], *stages]),
             f"Once: {', '.join(f'{name} {_duration(seconds[name])}' for name in ONCE)}.",
@@ -177,7 +179,7 @@ def report(record):
 
 
 class _Stages:
-    """Runs the stages one by one, shows which, keeps the time of each."""
+    """Runs the stages one by one, shows the current one, records the time of each."""
 
     def __init__(self, device, bar):
         self.device, self.bar, self.seconds = device, bar, {}
@@ -229,7 +231,7 @@ def _measure(stages, image, text, method, seed, runs, form):
 
 
 def _scene(text, seed):
-    """A test scene, and one question of every kind or the one asked for."""
+    """A test scene, and one question of every kind or the given one."""
     _require(SCENES)
     import numpy as np
 
@@ -237,7 +239,7 @@ def _scene(text, seed):
     known = scenes.questions(scene.objects, rng, pairs=PAIRS)
     if text is None:
         kinds = [[asked for asked in known if asked.kind == kind] for kind in scenes.KINDS]
-        questions = [own[rng.integers(len(own))] for own in kinds if own]
+        questions = [group[rng.integers(len(group))] for group in kinds if group]
     else:
         questions = [asked for asked in known if asked.text == text] or [scenes.Question(None, text, None)]
     objects = [{"digit": o.digit, "colour": o.colour} for o in scene.objects]
@@ -246,11 +248,11 @@ def _scene(text, seed):
 
 
 def _photograph(path, text):
-    """A photograph, and questions whose answers nobody knows."""
+    """A photograph, and questions with unknown answers."""
     picture = photo.load(path)
     origin = {"path": str(path), "seed": None, "width": picture.width, "height": picture.height, "objects": None}
     asked = ["list all digits", "how many digits ?"] if text is None else [text]
-    return View(photo.squeezed(picture, scenes.SIDE), origin, [scenes.Question(None, own, None) for own in asked])
+    return View(photo.squeezed(picture, scenes.SIDE), origin, [scenes.Question(None, text, None) for text in asked])
 
 
 def _import_libraries():
@@ -273,38 +275,38 @@ def _answer(llava, given, method, now):
 
     inner = llava.model
     parts = {"tower": inner.vision_tower, "projector": inner.multi_modal_projector, "decoder": inner.language_model}
-    watched = Watched(method)
+    recorder: Any = KeptRecorder(method)
     with _clocked(parts, now) as calls:
         text, seconds = _generate(llava, given, calls, now)
         unpruned = Answer(text, seconds)
-        with patch(llava, watched) as handle:
+        with patch(llava, recorder) as handle:
             handle.clock = now
             text, seconds = _generate(llava, given, calls, now)
     (stats,) = handle.stats
     seconds |= {"selection": stats.seconds, "prefill": seconds["prefill"] - stats.seconds}
-    return {"unpruned": unpruned, "pruned": Answer(text, seconds, stats, watched.kept)}
+    return {"unpruned": unpruned, "pruned": Answer(text, seconds, stats, recorder.kept)}
 
 
-def _generate(llava, given, calls, now):
+def _generate(llava, given, calls, now) -> tuple[str, dict[str, Any]]:
     """(answer, seconds of the stages); the decoder's first call is the prefill, selection included."""
-    for own in calls.values():
-        own.clear()
+    for times in calls.values():
+        times.clear()
     start = now()
     out = llava.generate(**given, max_new_tokens=model.ANSWER, do_sample=False)
-    whole = now() - start
+    total = now() - start
     first, *later = calls["decoder"]
-    times = sum(calls["tower"] + calls["projector"]), None, first, statistics.median(later) if later else None, whole
+    times = sum(calls["tower"] + calls["projector"]), None, first, statistics.median(later) if later else None, total
     return model.words(out[0, given["input_ids"].shape[1] :].tolist()), dict(zip(STAGES, times))
 
 
 @contextlib.contextmanager
 def _clocked(modules, now):
-    """{name: seconds of each call} of modules, while inside."""
+    """{name: seconds of each call} of modules, within the block."""
     calls = {name: [] for name in modules}
     hooks = []
     for name, module in modules.items():
-        hooks.append(module.register_forward_pre_hook(lambda *_, own=calls[name]: own.append(-now())))
-        hooks.append(module.register_forward_hook(lambda *_, own=calls[name]: own.append(own.pop() + now())))
+        hooks.append(module.register_forward_pre_hook(lambda *_, times=calls[name]: times.append(-now())))
+        hooks.append(module.register_forward_hook(lambda *_, times=calls[name]: times.append(times.pop() + now())))
     try:
         yield calls
     finally:
@@ -324,15 +326,15 @@ def _compared(asked, answers):
             "kept": [{"from_layer": layer, "tokens": ranks.tolist()} for layer, ranks in kept.items()],
         },
     }
-    told = {}
+    both = {}
     for way in WAYS:
         text = answers[way].text
-        told[way] = {"answer": text, "right": None if asked.answer is None else text == asked.answer, **held[way]}
-    return {"question": asked.text, "kind": asked.kind, "truth": asked.answer, **told}
+        both[way] = {"answer": text, "right": None if asked.answer is None else text == asked.answer, **held[way]}
+    return {"question": asked.text, "kind": asked.kind, "truth": asked.answer, **both}
 
 
 def _first_kept(questions):
-    """Where the method first removes tokens, which it leaves, and for how many of the questions just these."""
+    """Where the method first removes tokens, which it keeps, and for how many of the questions it keeps these."""
     everything = {"from_layer": 0, "tokens": list(range(scenes.ROW**2))}
     first = [(asked["pruned"]["kept"] or [everything])[0] for asked in questions]
     return first[0] | {"questions": first.count(first[0])}
@@ -341,8 +343,8 @@ def _first_kept(questions):
 def _medians(turns, way):
     """Median seconds of every stage, over turns and questions."""
     times = [answers[way].seconds for turn in turns for answers in turn]
-    every = {stage: [own[stage] for own in times if own[stage] is not None] for stage in STAGES}
-    return {stage: statistics.median(own) if own else None for stage, own in every.items()}
+    measured = {stage: [t[stage] for t in times if t[stage] is not None] for stage in STAGES}
+    return {stage: statistics.median(values) if values else None for stage, values in measured.items()}
 
 
 def _device_name(device):
@@ -379,8 +381,8 @@ def _answer_rows(record):
     questions, count = record["questions"], record["visual_tokens"]
     rows = [["question", "truth", f"all {count} tokens", f"{len(record['kept']['tokens'])} tokens"]]
     for asked in questions:
-        told = [f"{asked[way]['answer'] or '(nothing)'}{MARKS[asked[way]['right']]}" for way in WAYS]
-        rows.append([asked["question"], asked["truth"] or "unknown", *told])
+        answers = [f"{asked[way]['answer'] or '(nothing)'}{MARKS[asked[way]['right']]}" for way in WAYS]
+        rows.append([asked["question"], asked["truth"] or "unknown", *answers])
     known = [asked for asked in questions if asked["truth"] is not None]
     if known:
         right = [sum(asked[way]["right"] for asked in known) for way in WAYS]
@@ -400,7 +402,7 @@ def _span(counts):
 
 
 def _method(name, keep, seed):
-    """The method as the options describe it."""
+    """The method with the settings of the options."""
     if name not in METHODS:
         raise DemoError(f"--method {name}: must be one of {', '.join(METHODS)}")
     settings = {field.name for field in dataclasses.fields(METHODS[name])}
@@ -416,8 +418,8 @@ def _method(name, keep, seed):
         raise DemoError(f"--method {name}: {error}") from None
 
 
-def _in_words(question):
-    """The question as the model takes it: words and signs, one space apart."""
+def _normalised_question(question):
+    """The question as words and punctuation separated by single spaces."""
     plain = question.lower().translate(dict.fromkeys(map(ord, '.!:;"'), " "))
     words = plain.replace("?", " ? ").replace(",", " , ").split()
     unknown = [repr(word) for word in dict.fromkeys(words) if word not in model.WORDS]
@@ -468,7 +470,7 @@ def _parent_checked(path, option):
 
 
 def _write(path, data):
-    """All of the file or nothing: readers never see half of it."""
+    """Write a file atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

@@ -1,11 +1,11 @@
 """Scenes with questions: coloured handwritten digits on crops of photographs, with clutter.
 
-The digits are those that scikit-learn brings along, the photographs those of scikit-image. Training and test share
-neither a digit nor a photograph. A scene is a function of its split, seed and number.
+The digits come from scikit-learn, the photographs from scikit-image. Training and test share neither a digit nor a
+photograph. A scene is a function of its split, seed and number.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,11 +29,11 @@ SPLITS = {
     ),
     "test": ("coffee", "grass", "moon", "rocket"),
 }  # fmt: skip
-OBJECTS, CROWD = (2, 5), 16  # digits in a scene, fewest and most; in a crowded one, if they find a place
+OBJECTS, CROWD = (2, 5), 16  # digits in a scene, minimum and maximum; maximum in a crowded one
 SIZES = 22, 28  # pixels of a digit's box
-CELL, OFF = 3, 2  # tokens of a side of a digit's cell; pixels that a digit lies off its middle at most
+CELL, OFF = 3, 2  # side of a digit's cell in tokens; maximum distance of a digit from its centre in pixels
 GLYPH = 32  # pixels of the enlarged digits that are drawn
-VARIANTS = {"train": 16, "test": 1}  # of every digit; the first is the digit as it is
+VARIANTS = {"train": 16, "test": 1}  # of every digit; the first is not distorted
 
 
 class Object(NamedTuple):
@@ -67,11 +67,11 @@ class Scene(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question about a scene, in the words of the model's vocabulary."""
+    """A question about a scene, of words of the model's vocabulary; kind and answer are None if unknown."""
 
-    kind: str
+    kind: str | None
     text: str
-    answer: str
+    answer: str | None
 
 
 def scene(split, seed, number, crowd=False):
@@ -82,8 +82,7 @@ def scene(split, seed, number, crowd=False):
     split : {"train", "test"}
     seed, number : int
     crowd : bool
-        Four in five scenes with as many digits as find a place, equal ones and equal colours among them: for training
-        the tower.
+        Four in five scenes have up to 16 digits, with repeated digits and colours: for training the tower.
 
     Returns
     -------
@@ -93,7 +92,7 @@ def scene(split, seed, number, crowd=False):
     canvas = _background(rng, split)
     coverage = np.zeros((SIDE, SIDE), np.float32)
     owner = np.full((ROW, ROW), -1)
-    most = np.full((ROW, ROW), 0.06)  # a token is an object's from 6 % of its pixels on
+    highest = np.full((ROW, ROW), 0.06)  # coverage of a token by its owner, at least 6 % of its pixels
     objects, drawn = [], []
     digits, glyphs = _digits(split)
     count = CROWD if crowd and rng.random() < 0.8 else rng.integers(OBJECTS[0], OBJECTS[1] + 1)
@@ -111,15 +110,15 @@ def scene(split, seed, number, crowd=False):
         coverage[:] = 0
         coverage[top : top + size, left : left + size] = alpha
         part = coverage.reshape(ROW, PATCH, ROW, PATCH).mean((1, 3))
-        owner[part > most] = len(objects)
-        most = np.maximum(most, part)
+        owner[part > highest] = len(objects)
+        highest = np.maximum(highest, part)
         objects.append(Object(digit, NAMES[colour], int(left), int(top), int(size)))
     canvas += rng.normal(0, 4, canvas.shape[:2]).astype(np.float32)[..., None]
     return Scene(canvas.clip(0, 255).astype(np.uint8), tuple(objects), owner, np.stack(drawn))
 
 
 def questions(objects, rng, *, pairs=3):
-    """Every question about a scene; of comparisons, `pairs` drawn ones at most.
+    """Every question about a scene; of comparisons at most `pairs`, drawn at random.
 
     Returns
     -------
@@ -146,7 +145,7 @@ def _other(rng, count, taken):
 
 
 def _boxes(rng, count):
-    """(left, top, size) of boxes in cells of 3 x 3 tokens that do not overlap; off the cell's middle by a little."""
+    """(left, top, size) of boxes in cells of 3 x 3 tokens that do not overlap, slightly off the cells' centres."""
     cells = []
     for row, column in rng.integers(0, ROW - CELL + 1, (100, 2)):
         if len(cells) < count and all(abs(row - r) >= CELL or abs(column - c) >= CELL for r, c in cells):
@@ -161,7 +160,7 @@ def _boxes(rng, count):
 
 
 def _background(rng, split):
-    """A crop of a photograph, pale, with pieces of others and strokes on it; float32 [SIDE, SIDE, 3]."""
+    """A crop of a photograph, reduced in contrast, with pieces of others and strokes; float32 [SIDE, SIDE, 3]."""
     photos = _photographs(split)
     canvas = _crop(rng, photos, SIDE, SIDE).astype(np.float32)
     grey = canvas.mean()
@@ -212,10 +211,10 @@ def _digits(split):
     from scipy import ndimage
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     test = np.arange(len(bunch.target)) % 5 == 0
-    own = test if split == "test" else ~test
-    images, classes = bunch.images[own].astype(np.float32) / 16, bunch.target[own]
+    selected = test if split == "test" else ~test
+    images, classes = bunch.images[selected].astype(np.float32) / 16, bunch.target[selected]
     rng = np.random.default_rng(0)
     glyphs = np.empty((len(images), VARIANTS[split], GLYPH, GLYPH), np.float32)
     for i, image in enumerate(images):

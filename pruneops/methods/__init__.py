@@ -4,7 +4,7 @@ Each prunes an image after the projector (`select`) or a prompt at the input of 
 does both.
 """
 
-from ._base import Image, Method, Row, from_json
+from .base import Image, Method, Row, from_json
 from .dart import DART, dart_budget, dart_select
 from .divprune import DivPrune, divprune_select, divprune_start
 from .fastervlm import FasterVLM, cls_attention, fastervlm_select, mean_attention

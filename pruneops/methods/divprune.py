@@ -1,20 +1,21 @@
-"""DivPrune: the tokens with the greatest least distance between any two, greedily.
+"""DivPrune: greedily, the tokens whose smallest pairwise distance is largest.
 
-The start costs n^2 D operations in blocks of rows, each pair of tokens once; the rest is `pruneops.kcenter`: k steps
-over n tokens.
+The first token costs n^2 D operations in blocks of rows, each pair of tokens once; the others are `pruneops.kcenter`:
+k steps over n tokens.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..autocast import without_autocast
 from ..ops import kcenter
-from ._base import Budgeted, check_features
+from .base import Budgeted, check_features
 
-BLOCK = 2**20  # similarities held at a time
-# As in `kcenter`: a squared norm below counts as a zero vector, one above, or NaN, as not finite.
+BLOCK = 2**20  # similarities in memory at a time
+# As in `kcenter`: a squared norm below the first makes a zero vector; one above the second, or NaN, is not finite.
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny
 LARGEST_SQUARE = torch.finfo(torch.float32).max / 4
 
@@ -26,7 +27,7 @@ class DivPrune(Budgeted):
     Parameters
     ----------
     keep : float or int
-        Of every image.
+        Of every image: a share (float) in (0, 1] or a count (int).
 
     Notes
     -----
@@ -36,7 +37,7 @@ class DivPrune(Budgeted):
     name: ClassVar[str] = "divprune"
 
     @property
-    def after_projector(self):
+    def after_projector(self) -> bool:
         return True
 
     def _select(self, image, k):
@@ -45,7 +46,7 @@ class DivPrune(Budgeted):
 
 @without_autocast
 @torch.no_grad()
-def divprune_start(features):
+def divprune_start(features: Tensor) -> Tensor:
     """The token that is farthest from its nearest neighbour, in cosine distance.
 
     Parameters
@@ -57,15 +58,20 @@ def divprune_start(features):
     -------
     Tensor [..], int64
         Ties go to the lowest index. A zero vector has similarity 0 to everything. A token that is not finite is
-        nobody's neighbour and opens only if there is no other.
+        no neighbour of others and is the start only if all are.
+
+    Raises
+    ------
+    ValueError
+        On a bad shape or dtype, or without a token.
 
     Notes
     -----
     Memory: a float32 copy of one image's tokens and 2^20 similarities, or one row if that is longer.
     """
     check_features("methods.divprune_start", features, 1)
-    if features.dim() == 3:  # one by one, so that a batch answers as its rows do
-        starts = [divprune_start(own) for own in features]
+    if features.dim() == 3:  # one by one, so that a batch gives the bits that its rows give
+        starts = [divprune_start(image) for image in features]
         return torch.stack(starts) if starts else features.new_empty(0, dtype=torch.int64)
     x = features.float()
     square = x.square().sum(-1)
@@ -76,21 +82,22 @@ def divprune_start(features):
     rows, excluded = max(1, BLOCK // n), torch.where(finite, 0.0, -torch.inf)
     nearest = torch.full_like(square, -torch.inf)
     for first in range(0, n, rows):  # these tokens with themselves and those after them
-        own, rest = slice(first, first + rows), slice(first, None)
-        similarity = (x[own] @ x[rest].mT).add_(excluded[rest]).add_(excluded[own, None])
+        block, rest = slice(first, first + rows), slice(first, None)
+        similarity = (x[block] @ x[rest].mT).add_(excluded[rest]).add_(excluded[block, None])
         similarity.fill_diagonal_(-torch.inf)
-        nearest[own] = nearest[own].maximum(similarity.amax(1))
+        nearest[block] = nearest[block].maximum(similarity.amax(1))
         nearest[rest] = nearest[rest].maximum(similarity.amax(0))
     return torch.where(finite, nearest, torch.inf).argmin(-1)
 
 
 @without_autocast
-def divprune_select(features, k):
-    """From `divprune_start`, each time the token farthest from those chosen.
+def divprune_select(features: Tensor, k: int) -> Tensor:
+    """Starting with `divprune_start`, at each step the token farthest from those chosen.
 
     Parameters
     ----------
     features : Tensor [.., n, D], float32, float16 or bfloat16
+        Tokens; at most one batch dimension.
     k : int
         1 <= k <= n
 
@@ -101,8 +108,12 @@ def divprune_select(features, k):
 
     Raises
     ------
-    ValueError, TypeError
-        As `pruneops.kcenter`.
+    ValueError
+        On a bad shape or dtype, or if k is out of range.
+
+    Notes
+    -----
+    Source: arXiv:2503.02175, Algorithm 1.
     """
     check_features("methods.divprune_select", features, k)
     return kcenter(features, k, seeds=divprune_start(features).unsqueeze(-1)).indices.sort(-1).values

@@ -1,13 +1,14 @@
-"""Random tokens: a baseline that every comparison needs. Drawn on the CPU, so the same on every device."""
+"""Random tokens, a baseline. Drawn on the CPU, so the same on every device."""
 
 import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..checks import check
-from ._base import Budgeted, is_int, uploaded
+from .base import Budgeted, is_int, to_device_async
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,21 +18,21 @@ class Random(Budgeted):
     Parameters
     ----------
     keep : float or int
-        Of every image.
+        Of every image: a share (float) in (0, 1] or a count (int).
     seed : int
-        At least 0. An image's tokens follow from the seed, its number (`Image.index`) and its size, nothing else.
+        At least 0. The chosen tokens depend only on the seed, the image's number (`Image.index`) and its size.
     """
 
     name: ClassVar[str] = "random"
 
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_setting("seed", is_int(self.seed) and self.seed >= 0, "an int of at least 0")
 
     @property
-    def after_projector(self):
+    def after_projector(self) -> bool:
         return True
 
     def _select(self, image, k):
@@ -41,19 +42,23 @@ class Random(Budgeted):
             drawn = torch.stack(drawn) if drawn else torch.empty(0, k, dtype=torch.int64)
         else:
             drawn = random_select(n, k, seed=self.seed, index=image.index)
-        return uploaded(drawn, image.features.device)
+        return to_device_async(drawn, image.features.device)
 
 
-def random_select(tokens, k, *, seed=0, index=0):
-    """k of `tokens` tokens, each set as likely as any other.
+def random_select(tokens: int, k: int, *, seed: int = 0, index: int = 0) -> Tensor:
+    """k of `tokens` tokens, uniformly at random.
 
     Parameters
     ----------
-    tokens, k : int
+    tokens : int
+        Tokens of the image.
+    k : int
         0 <= k <= tokens
-    seed, index : int
-        Of the run and of the image. The generator's seed is the first 4 bytes, big-endian, of the SHA-256 digest of
-        the text "seed,index"; the tokens are the first k of its `torch.randperm(tokens)`.
+    seed : int
+        Of the run.
+    index : int
+        Number of the image. The generator's seed is the first 4 bytes, big-endian, of the SHA-256 digest of
+        the text "seed,index"; the tokens are the first k of its ``torch.randperm(tokens)``.
 
     Returns
     -------

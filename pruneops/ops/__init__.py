@@ -1,4 +1,4 @@
-"""The operators: schema, argument checks, fake kernel and choice of backend."""
+"""The operators: schema, argument checks, fake kernels and dispatch to a backend."""
 
 from ._library import OPERATORS as OPERATORS
 from .assign_ranks import assign_ranks

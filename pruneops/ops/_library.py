@@ -1,18 +1,31 @@
-"""What every operator shares: its schema, its errors, its dispatch."""
+"""Definition of the operators: schema, argument checks, dispatch to a backend, fake kernel, gradient."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import backends
 from ..checks import checking_values
 
 _library = torch.library.Library("pruneops", "DEF")
 _native = torch.library.Library("pruneops_native", "IMPL")  # C++ and CUDA kernels under the names of their operators
-OPERATORS = {}  # name -> backends that have it
-# What launches kernels and nothing that autograd would record: the context that turns it off costs 3 us.
+OPERATORS: dict[str, tuple[str, ...]] = {}  # name -> backends that implement it
+# Backends that launch kernels only. They do nothing that autograd would record, so `no_grad`, 3 us, is left out.
 NO_AUTOGRAD = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
-def define(schema, check, fake, implementations, *, own_checks=(), gradient=None, shape_class=None):
+def define(
+    schema: str,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    implementations: Mapping[str, Callable[..., Any]],
+    *,
+    self_checking: tuple[str, ...] = (),
+    gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    shape_class: Callable[..., str | None] | None = None,
+) -> None:
     """Define `pruneops::<op>` from its schema.
 
     Parameters
@@ -24,13 +37,13 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
         tensor values on fake tensors.
     fake : callable
         Empty outputs of the exact shapes.
-    implementations : dict
+    implementations : mapping
         Backend name -> function of the operator's arguments.
-    own_checks : tuple of str
+    self_checking : tuple of str
         Backends that refuse bad arguments themselves, by a RuntimeError before anything is launched, and do nothing
-        that autograd would record; `check` is called to say what is wrong then, and saves its time otherwise.
+        that autograd would record. For these `check` runs only after an error, to give its message.
     shape_class : callable, optional
-        Of the operator's arguments: the word for their shapes in `backends.TRITON_FIRST`.
+        Maps the operator's arguments to their shape class in `backends.TRITON_FIRST`, or None.
     gradient : (backward, setup_context), optional
         For `torch.library.register_autograd`; without it the operator has no gradient.
     """
@@ -41,16 +54,16 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
 
     def run(*args, **kwargs):
         # of operators on lists of tensors, the second argument is a tensor
-        device = (args[0] if isinstance(args[0], torch.Tensor) else args[1]).device
+        device = (args[0] if isinstance(args[0], Tensor) else args[1]).device
         if torch.is_autocast_enabled(device.type):  # it would round the float32 products of PyTorch code
             with torch.autocast(device.type, enabled=False):
                 return run(*args, **kwargs)
         try:
-            own_class = shape_class(*args, **kwargs) if shape_class and device.type == "cuda" else None
-            chosen = backends.choose(device.type, name, implementations, own_class)
-            if chosen in own_checks and (chosen == "cpu" or not checking_values()):
+            shapes = shape_class(*args, **kwargs) if shape_class and device.type == "cuda" else None
+            chosen = backends.choose(device.type, name, implementations, shapes)
+            if chosen in self_checking and (chosen == "cpu" or not checking_values()):
                 return implementations[chosen](*args, **kwargs)
-        except Exception:  # a bad argument comes first
+        except Exception:  # an error about an argument takes precedence
             check(*args, **kwargs)
             raise
         if chosen in NO_AUTOGRAD[device.type]:
@@ -74,6 +87,6 @@ def define(schema, check, fake, implementations, *, own_checks=(), gradient=None
         torch.library.register_autograd(qualified, gradient[0], setup_context=gradient[1], lib=_library)
 
 
-def last_dim_contiguous(tensor):
+def last_dim_contiguous(tensor: Tensor) -> Tensor:
     """The tensor with its last dimension contiguous; `contiguous` would keep an odd stride of a dimension of size 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Conflict-free rank assignment: schema, argument checks, fake kernel, choice of backend."""
+"""Conflict-free rank assignment: schema, argument checks, fake kernel, backends."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ from ._library import define, last_dim_contiguous
 MAX_RANKS = 64
 
 
-def assign_ranks(logits, j):
+def assign_ranks(logits: Tensor, j: int) -> Tensor:
     """A ranked list of tokens from per-token rank logits, each token at most once.
 
     Rank p = 0 .. j-1 takes the token of greatest probability in column p that no earlier rank
-    took. Every prefix of the answer is the answer for a smaller j.
+    took. Every prefix of the result is the result for a smaller j.
 
     Parameters
     ----------
     logits : Tensor [B, N, J + 1] or [N, J + 1], float32, float16 or bfloat16
-        A token's distribution is the softmax over its J + 1 classes: the ranks 0 .. J-1, then
-        "not ranked". J is at most 64.
+        Any strides. A token's distribution is the softmax over its J + 1 classes: the ranks
+        0 .. J-1, then "not ranked". J is at most 64.
     j : int
         Ranks to assign, 1 <= j <= min(J, N).
 
@@ -33,8 +33,10 @@ def assign_ranks(logits, j):
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched.
+    ValueError
+        On bad shapes and a bad j, before anything is launched.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Attention that every key receives: schema, argument checks, fake kernel, choice of backend."""
+"""Attention that every key receives: schema, argument checks, fake kernel, backends."""
 
 import torch
 from torch import Tensor
@@ -9,44 +9,70 @@ from ._library import define, last_dim_contiguous
 from .attention_mass import check_heads, check_softmax_types, rows_class, softmax_types
 
 
-def attention_received(query, key, *, query_mask=None, key_mask=None, causal=True, scale=None, lse=None):
-    """How much attention every key receives, summed over the marked queries.
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """How much attention every key receives, summed over the selected queries.
 
-    received[b, h, j] = sum of softmax(query key^T scale)[i, j] over the queries i that query_mask marks, without
-    ever forming the attention matrix. Rows that nobody asked for are not computed.
+    ``received[b, h, j]`` is the sum of ``softmax(query @ key.T * scale)[i, j]`` over the queries i that `query_mask`
+    selects. The attention matrix is never stored, and rows that are not selected are not computed.
 
     Parameters
     ----------
-    query, key, causal, scale
-        As in `attention_mass`.
+    query : Tensor [B, H, Sq, D] or [H, Sq, D], float32, float16 or bfloat16
+        After rotary embedding. Any strides: [B, S, H, D] is ``.transpose(1, 2)``. D at most 256.
+    key : Tensor [B, Hk, Sk, D] or [Hk, Sk, D], dtype of query
+        Grouped-query attention: query head h attends to key head ``h // (H / Hk)``.
     query_mask : Tensor [B, Sq] or [Sq], bool, optional
         True for the queries that are summed over; all by default. FastV: the last row; FasterVLM and
         VisionZip: the [CLS] row, without causal; SparseVLM: text rows.
     key_mask : Tensor [B, Sk] or [Sk], bool, optional
-        False for keys that nobody attends to (padding); they receive 0.
+        False for keys that are masked out (padding); they receive 0.
+    causal : bool
+        The last query sees the last key: query i sees the keys j <= i + Sk - Sq.
+    scale : float, optional
+        Factor of the logits; ``D ** -0.5`` by default.
     lse : Tensor [B, H, Sq] or [H, Sq], float32, optional
-        Logarithm of each row's softmax sum, as flash attention returns it; computed in a first pass over the
-        marked rows if not given.
+        Log-sum-exp of each row, as flash attention returns it (natural logarithm, scaled logits). Computed in a
+        first pass over the selected rows if not given.
 
     Returns
     -------
     Tensor [B, H, Sk] or [H, Sk], float32
-        Sums over all keys to the number of marked queries that see a key.
+        The sum over all keys is the number of selected queries that see a key.
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched.
+    ValueError
+        On bad shapes, before anything is launched.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
-    Extra memory a few floats a row of attention, B H Sq rows. Not differentiable.
+    Extra memory: a few floats per row of attention, B H Sq rows. Not differentiable.
 
     Source: FastV (arXiv:2403.06764) and its successors.
+
+    Examples
+    --------
+    With zero queries every visible key gets the same attention.
+
+    >>> import torch, pruneops
+    >>> query, key = torch.zeros(1, 2, 8), torch.ones(1, 2, 8)
+    >>> pruneops.attention_received(query, key)
+    tensor([[1.5000, 0.5000]])
     """
     op = "attention_received"
-    right = isinstance(query_mask, OPTIONAL_TENSOR) and isinstance(key_mask, OPTIONAL_TENSOR)
-    if not (right and softmax_types(query, key, causal, scale, lse)):
+    types_ok = isinstance(query_mask, OPTIONAL_TENSOR) and isinstance(key_mask, OPTIONAL_TENSOR)
+    if not (types_ok and softmax_types(query, key, causal, scale, lse)):
         check_types(op, query=(query, Tensor), key=(key, Tensor))
         check_types(op, query_mask=(query_mask, OPTIONAL_TENSOR), key_mask=(key_mask, OPTIONAL_TENSOR))
         check_softmax_types(op, causal, scale, lse)
@@ -100,6 +126,6 @@ define(
         "triton": _batched(_triton),
         "cuda": _batched(_native),
     },
-    own_checks=("cuda",),
+    self_checking=("cuda",),
     shape_class=rows_class,
 )

@@ -1,4 +1,6 @@
-"""Exclusive bottom-k selection: schemas, argument checks, fake kernels, choice of backend."""
+"""Exclusive bottom-k selection: schemas, argument checks, fake kernels, backends."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,22 +18,22 @@ from ..checks import (
 )
 from ._library import define, last_dim_contiguous
 
-MOST_ROWS = 64  # quotas travel to the GPU as arguments of the launch, so that nothing is copied from the host
+MAX_ROWS = 64  # quotas are kernel arguments, so that nothing is copied from the host
 
 
-def exclusive_bottomk(scores, quotas, *, taken=None):
-    """Row after row takes its lowest tokens among those that nobody has taken.
+def exclusive_bottomk(scores: Tensor, quotas: Sequence[int], *, taken: Tensor | None = None) -> Tensor:
+    """Each row in turn takes its lowest tokens among those that no row before it has taken.
 
-    What a host loop of `topk` and `scatter` does, in one launch and without a look at the result.
+    The result of a host loop of `topk` and `scatter`, in one launch and without a host synchronisation.
 
     Parameters
     ----------
     scores : Tensor [B, P, N] or [P, N], float32, float16 or bfloat16
-        One row of scores per taker, any strides; at most 64 rows.
-    quotas : sequence of P int
+        P rows of scores, at most 64. Any strides.
+    quotas : list or tuple of P int
         How many tokens each row takes, 0 allowed; the same for every batch entry.
     taken : Tensor [B, N] or [N], bool, optional
-        True where a token is not to be had.
+        True where a token cannot be taken.
 
     Returns
     -------
@@ -42,10 +44,12 @@ def exclusive_bottomk(scores, quotas, *, taken=None):
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched. That enough tokens are left is checked on
+    ValueError
+        On bad shapes and values, before anything is launched. That enough tokens are left is checked on
         CPU always, on CUDA when PRUNEOPS_DEBUG=1; an unchecked CUDA call that runs out of tokens
         returns index -1.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
@@ -66,10 +70,10 @@ def exclusive_bottomk(scores, quotas, *, taken=None):
     return torch.ops.pruneops.exclusive_bottomk(scores, quotas, taken=taken)
 
 
-def pivot_bottomk(x, pivots, quotas, *, mask=None):
-    """Pivot after pivot takes the tokens least similar to it: DART's selection from features to indices.
+def pivot_bottomk(x: Tensor, pivots: Tensor, quotas: Sequence[int], *, mask: Tensor | None = None) -> Tensor:
+    """Each pivot in turn takes the tokens least similar to it: DART's selection from features to indices.
 
-    The same as `exclusive_bottomk(pivot_cosine(x, pivots), quotas, taken=~mask)` in one call.
+    The same as ``exclusive_bottomk(pivot_cosine(x, pivots), quotas, taken=~mask)`` in one call.
 
     Parameters
     ----------
@@ -77,11 +81,11 @@ def pivot_bottomk(x, pivots, quotas, *, mask=None):
         Tokens, any strides.
     pivots : Tensor [B, P] or [P], int64
         Indices into x; at most 64 a row.
-    quotas : sequence of P int
+    quotas : list or tuple of P int
         How many tokens each pivot takes.
     mask : Tensor [B, N] or [N], bool, optional
-        True where a token may be taken. Pivots are tokens like any other: exclude them here if
-        they are not to be taken.
+        True where a token may be taken. Pivots are tokens like any other: mask them out if
+        they must not be taken.
 
     Returns
     -------
@@ -90,8 +94,23 @@ def pivot_bottomk(x, pivots, quotas, *, mask=None):
 
     Raises
     ------
-    ValueError, TypeError
-        As in `pivot_cosine` and `exclusive_bottomk`.
+    ValueError
+        On bad shapes and values, as in `pivot_cosine` and `exclusive_bottomk`.
+    TypeError
+        On arguments of a wrong type or dtype.
+
+    Notes
+    -----
+    Not differentiable.
+
+    Source: DART (arXiv:2502.11494).
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 1.0]])
+    >>> pruneops.pivot_bottomk(x, torch.tensor([0]), [2])
+    tensor([2, 1])
     """
     check_types("pivot_bottomk", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
     _check_quotas_type("pivot_bottomk", quotas)
@@ -105,14 +124,17 @@ def _check_quotas_type(op, quotas):
 
 
 def _check_quotas(op, quotas, rows, tokens, free):
-    """`rows` and `tokens`: (what has them, how many); `free`: (a bool tensor, whether True means free) or None."""
-    (whose, rows), (of, tokens) = rows, tokens
-    check(rows <= MOST_ROWS, op, whose, f"{rows} rows", f"at most {MOST_ROWS} rows")
-    check(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {whose}")
+    """Values of quotas.
+
+    `rows` and `tokens` are (argument that has them, count); `free` is (bool tensor, whether True means free) or None.
+    """
+    (rows_of, rows), (tokens_of, tokens) = rows, tokens
+    check(rows <= MAX_ROWS, op, rows_of, f"{rows} rows", f"at most {MAX_ROWS} rows")
+    check(len(quotas) == rows, op, "quotas", f"{len(quotas)} of them", f"one for each of the {rows} rows of {rows_of}")
     for p, quota in enumerate(quotas):
         check(quota >= 0, op, f"quotas[{p}]", quota, "at least 0")
     total = sum(quotas)
-    check(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {of}")
+    check(total <= tokens, op, "sum(quotas)", total, f"at most the {tokens} tokens of {tokens_of}")
     if free is not None and has_values(free[0]) and free[0].numel():
         count = free[0].sum(-1)
         fewest = int(count.min()) if free[1] else tokens - int(count.max())

@@ -1,31 +1,41 @@
-"""Gathering tokens: schema, argument checks, fake kernel, gradient, choice of backend."""
+"""Gathering tokens: schema, argument checks, fake kernel, gradient, backends."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import INT, ArgumentTypeError, check, check_indices, check_types, has_values
+from ..checks import (
+    INT,
+    ArgumentTypeError,
+    check,
+    check_indices,
+    check_same_device,
+    check_tensor_list,
+    check_types,
+    has_values,
+)
 from ._library import define
-from .kv_compact import _check_types, check_same_device
 
-MAX_DIMS = 6  # of a tensor that is read where it lies, whatever its strides
+MAX_DIMS = 6  # of a tensor that the C++ and CUDA kernels read in place, whatever its strides
 
 
-def gather_tokens(tensors, keep, dim=1):
+def gather_tokens(tensors: Sequence[Tensor], keep: Tensor, dim: int | Sequence[int] = 1) -> list[Tensor]:
     """Keep some of the tokens of any number of tensors: hidden states, positions, masks, in one launch.
 
-    For a tensor [B, S, ...], result[b, r] = tensor[b, keep[b, r]].
+    For a tensor [B, S, ...], ``result[b, r] = tensor[b, keep[b, r]]``.
 
     Parameters
     ----------
     tensors : list of Tensor, any dtype
-        Of any shapes and strides. Where keep has rows the batch stands right before the tokens, [..., B, S, ...], and
-        may be 1: then all rows share it.
+        Any shapes and strides. If keep is [B, K], the batch dimension comes right before the tokens,
+        [..., B, S, ...], and may be 1: then all rows share it.
     keep : Tensor [B, K] or [K], int64
-        Tokens to keep, in any order, repetitions allowed; [K] where there is no batch.
+        Tokens to keep, in any order, repetitions allowed; [K] for tensors without a batch dimension.
     dim : int or list of int
-        Where the tokens are: of all tensors, or of each. Hidden states [B, S, D] and masks [B, S]: 1; mRoPE positions
-        [3, B, S] or [4, B, S]: 2, or -1.
+        The token dimension of all tensors, or of each. Hidden states [B, S, D] and masks [B, S]: 1; mRoPE
+        positions [3, B, S] or [4, B, S]: 2, or -1.
 
     Returns
     -------
@@ -34,13 +44,15 @@ def gather_tokens(tensors, keep, dim=1):
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched. Values of keep are checked on CPU always, on CUDA when
-        PRUNEOPS_DEBUG=1; unchecked ones outside a tensor read memory that is not its own.
+    ValueError
+        On bad shapes and values, before anything is launched. Values of keep are checked on CPU always, on CUDA
+        when PRUNEOPS_DEBUG=1; unchecked values outside a tensor read memory out of bounds.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
-    Differentiable with respect to floating-point tensors; gradients of a token kept twice add up in a fixed order.
+    Differentiable with respect to floating-point tensors; gradients of a token kept twice are added in a fixed order.
 
     Examples
     --------
@@ -53,22 +65,24 @@ def gather_tokens(tensors, keep, dim=1):
     >>> positions[0]
     tensor([[0, 3]])
     """
+    op = "gather_tokens"
     try:
         return torch.ops.pruneops.gather_tokens(tensors, keep, dim)
-    except (RuntimeError, TypeError):  # checked when something is wrong
-        _check_types("gather_tokens", "tensors", tensors, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
+    except (RuntimeError, TypeError):  # types are checked after an error only: that keeps calls on many tensors fast
+        check_tensor_list(op, "tensors", tensors)
+        check_types(op, keep=(keep, Tensor), dim=(dim, (INT[0], list, tuple)))
         for i, one in enumerate(dim if isinstance(dim, (list, tuple)) else ()):
-            check_types("gather_tokens", **{f"dim[{i}]": (one, INT)})
+            check_types(op, **{f"dim[{i}]": (one, INT)})
         raise
 
 
-def _dims(tensors, dim):
-    """The token dimension of every tensor, counted from the first."""
+def token_dims(tensors: Sequence[Tensor], dim: int | Sequence[int]) -> list[int]:
+    """The token dimension of every tensor, as a number from 0."""
     dims, count = [dim] if isinstance(dim, int) else list(dim), len(tensors)
     wanted = f"one, or one for each of {count} tensors"
     check(len(dims) in (1, count), "gather_tokens", "dim", f"{len(dims)} of them", wanted)
     dims = dims * len(tensors) if len(dims) == 1 else dims
-    return [own + tensor.dim() if own < 0 else own for tensor, own in zip(tensors, dims)]
+    return [d + tensor.dim() if d < 0 else d for tensor, d in zip(tensors, dims)]
 
 
 def _check(tensors, keep, dim=1):
@@ -80,29 +94,29 @@ def _check(tensors, keep, dim=1):
     there = f"the device of tensors[0], {tensors[0].device}"
     check(keep.device == tensors[0].device, op, "keep", f"on {keep.device}", f"on {there}")
     batched = keep.dim() == 2
-    for i, (tensor, own) in enumerate(zip(tensors, _dims(tensors, dim))):
+    for i, (tensor, d) in enumerate(zip(tensors, token_dims(tensors, dim))):
         shape = f"of shape {list(tensor.shape)}"
-        least = "1 (the batch stands before it)" if batched else "0"
-        fits = int(batched) <= own < tensor.dim()
-        check(fits, op, "dim", f"{own} for tensors[{i}] {shape}", f"{least} to {tensor.dim() - 1}")
+        lowest = "1 (the batch stands before it)" if batched else "0"
+        fits = int(batched) <= d < tensor.dim()
+        check(fits, op, "dim", f"{d} for tensors[{i}] {shape}", f"{lowest} to {tensor.dim() - 1}")
         if batched:
-            wanted = f"with {keep.shape[0]} rows, as keep, or 1, in dimension {own - 1}"
-            check(tensor.shape[own - 1] in (1, keep.shape[0]), op, f"tensors[{i}]", shape, wanted)
+            wanted = f"with {keep.shape[0]} rows, as keep, or 1, in dimension {d - 1}"
+            check(tensor.shape[d - 1] in (1, keep.shape[0]), op, f"tensors[{i}]", shape, wanted)
     if has_values(keep) and keep.numel():
-        fewest = min(tensor.shape[own] for tensor, own in zip(tensors, _dims(tensors, dim)))
+        fewest = min(tensor.shape[d] for tensor, d in zip(tensors, token_dims(tensors, dim)))
         check_indices(op, "keep", keep, 0, fewest)
 
 
 def _fake(tensors, keep, dim=1):
     results = []
-    for tensor, own in zip(tensors, _dims(tensors, dim)):
-        before = (*tensor.shape[: own - 1], keep.shape[0]) if keep.dim() == 2 else tensor.shape[:own]
-        results.append(tensor.new_empty((*before, keep.shape[-1], *tensor.shape[own + 1 :])))
+    for tensor, d in zip(tensors, token_dims(tensors, dim)):
+        before = (*tensor.shape[: d - 1], keep.shape[0]) if keep.dim() == 2 else tensor.shape[:d]
+        results.append(tensor.new_empty((*before, keep.shape[-1], *tensor.shape[d + 1 :])))
     return results
 
 
 def _native(tensors, keep, dim=1):
-    dims = _dims(tensors, dim)
+    dims = token_dims(tensors, dim)
     tensors = [tensor.contiguous() if tensor.dim() > MAX_DIMS else tensor for tensor in tensors]
     return torch.ops.pruneops_native.gather_tokens(tensors, keep, dims)
 
@@ -112,33 +126,33 @@ def _triton(tensors, keep, dim=1):
 
     if not keep.is_cuda:  # in its interpreter
         _check(tensors, keep, dim)
-    return kernels.gather_tokens(tensors, keep, _dims(tensors, dim))
+    return kernels.gather_tokens(tensors, keep, token_dims(tensors, dim))
 
 
-def _remember(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     tensors, keep, dim = inputs
     ctx.save_for_backward(keep)
-    ctx.shapes, ctx.dims = [tensor.shape for tensor in tensors], _dims(tensors, dim)
+    ctx.shapes, ctx.dims = [tensor.shape for tensor in tensors], token_dims(tensors, dim)
 
 
-def _gradients(ctx, gradients):
+def _backward(ctx, gradients):
     (keep,) = ctx.saved_tensors
-    found = [
-        None if gradient is None else _scattered(gradient, keep, shape, dim)
+    results = [
+        None if gradient is None else _scatter_add(gradient, keep, shape, dim)
         for gradient, shape, dim in zip(gradients, ctx.shapes, ctx.dims)
     ]
-    return found, *[None] * (len(ctx.needs_input_grad) - 1)  # torch leaves out arguments that equal their defaults
+    return results, *[None] * (len(ctx.needs_input_grad) - 1)  # torch leaves out arguments that equal their defaults
 
 
-def _scattered(gradient, keep, shape, dim):
-    """The transpose of gathering: every token's gradients added up, in a fixed order."""
+def _scatter_add(gradient, keep, shape, dim):
+    """The transpose of gathering: the sum of every token's gradients, in a fixed order."""
     if keep.dim() == 1:
         tokens = gradient.movedim(dim, 0)
         total = tokens.new_zeros(shape[dim], *tokens.shape[1:])
         return total.index_put((keep,), tokens, accumulate=True).movedim(0, dim)
     tokens = gradient.movedim((dim - 1, dim), (0, 1))
     batch = torch.arange(keep.shape[0], device=keep.device)[:, None]
-    batch = batch if shape[dim - 1] == keep.shape[0] else batch * 0  # one row that all share
+    batch = batch if shape[dim - 1] == keep.shape[0] else batch * 0  # one row shared by all
     total = tokens.new_zeros(shape[dim - 1], shape[dim], *tokens.shape[2:])
     return total.index_put((batch, keep), tokens, accumulate=True).movedim((0, 1), (dim - 1, dim))
 
@@ -148,6 +162,6 @@ define(
     _check,
     _fake,
     {"reference": reference.gather_tokens, "cpu": _native, "triton": _triton, "cuda": _native},
-    own_checks=("cpu", "triton", "cuda"),
-    gradient=(_gradients, _remember),
+    self_checking=("cpu", "triton", "cuda"),
+    gradient=(_backward, _setup_context),
 )

@@ -1,6 +1,7 @@
-"""Greedy k-center selection: schema, checks, fake kernels, choice of backend."""
+"""Greedy k-center selection: schemas, argument checks, fake kernels, backends."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +30,19 @@ class KCenter(NamedTuple):
     radii: Tensor
 
 
-def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
+def kcenter(
+    x: Tensor,
+    k: int,
+    *,
+    seeds: Tensor | None = None,
+    mask: Tensor | None = None,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+) -> KCenter:
     """Choose k tokens, each the farthest from those chosen before it.
 
     Greedy k-center (farthest-first traversal): the next token is the allowed one whose
-    greatest similarity to the chosen set is least; ties go to the lowest index. Every
-    prefix of the answer is the answer for a smaller budget.
+    largest similarity to the chosen set is smallest; ties go to the lowest index. Every
+    prefix of the result is the result for a smaller budget.
 
     Parameters
     ----------
@@ -43,14 +51,14 @@ def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
     k : int
         Tokens to choose, seeds included; 1 <= k <= number of tokens allowed.
     seeds : Tensor [B, P] or [P], int64, optional
-        Centers already chosen, all different. They open the output in their order and need
-        not be allowed by `mask`. Without seeds the first allowed finite token opens.
+        Centers already chosen, all different. They come first in the output, in their order, and need
+        not be allowed by `mask`. Without seeds the first allowed finite token is the first center.
     mask : Tensor [B, N] or [N], bool, optional
         True where a token may be chosen.
     metric : {"cosine", "euclidean"}
         Distance 1 - cos (a zero vector has similarity 0 to everything) or the Euclidean
-        distance, computed as sqrt(|x|^2 + |y|^2 - 2 x.y): absolute error about
-        sqrt(1e-7 (|x|^2 + |y|^2)) for nearly equal tokens.
+        distance, computed as ``sqrt(|x|^2 + |y|^2 - 2 x.y)``: absolute error about
+        ``sqrt(1e-7 (|x|^2 + |y|^2))`` for nearly equal tokens.
 
     Returns
     -------
@@ -62,15 +70,17 @@ def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched. Values (seeds in range and different,
+    ValueError
+        On bad shapes and values, before anything is launched. Values (seeds in range and different,
         enough tokens allowed) are checked on CPU always, on CUDA when PRUNEOPS_DEBUG=1; an
         unchecked CUDA call that runs out of allowed tokens returns index -1, radius NaN.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
-    A token with a NaN, an infinity, or a squared norm above float32's range / 4 is chosen
-    only after all others, in index order, with radius NaN, and counts as near to no other.
+    A token with a NaN, an infinity, or a squared norm above a quarter of float32's largest number is chosen
+    only after all others, in index order, with radius NaN, and is near to no other token.
     Not differentiable.
 
     Source: Gonzalez 1985; stage 1 of ToDRE (arXiv:2505.18757), Algorithm 1, with chosen
@@ -88,7 +98,14 @@ def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
     return KCenter(*torch.ops.pruneops.kcenter(x, k, seeds=seeds, mask=mask, metric=metric))
 
 
-def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
+def kcenter_varlen(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    ks: Sequence[int],
+    *,
+    seeds: Tensor | None = None,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+) -> KCenter:
     """`kcenter` over sequences of different lengths packed into one tensor.
 
     Parameters
@@ -97,11 +114,12 @@ def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
         Tokens of all sequences, one after another.
     cu_seqlens : Tensor [n + 1], int32 or int64, same device as x
         Where each sequence starts; first entry 0, last entry T.
-    ks : sequence of n int
-        Budget of every sequence, 0 <= ks[i] <= its length.
+    ks : list or tuple of n int
+        Budget of every sequence, ``0 <= ks[i] <=`` its length.
     seeds : Tensor [n, P], int64, optional
         Centers already chosen in each sequence, as indices into the packed tensor; P <= min(ks).
     metric : {"cosine", "euclidean"}
+        As in `kcenter`.
 
     Returns
     -------
@@ -113,9 +131,22 @@ def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
 
     Raises
     ------
-    ValueError, TypeError
-        As in `kcenter`; the values of `cu_seqlens`, and `ks` against them, are checked on CPU
-        always, on CUDA when PRUNEOPS_DEBUG=1. Unchecked bounds that fall are undefined behaviour.
+    ValueError
+        On bad shapes and values, as in `kcenter`; the values of `cu_seqlens`, and `ks` against them, are checked
+        on CPU always, on CUDA when PRUNEOPS_DEBUG=1. Unchecked bounds that fall are undefined behaviour.
+    TypeError
+        On arguments of a wrong type or dtype.
+
+    Notes
+    -----
+    As in `kcenter`.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]])
+    >>> pruneops.kcenter_varlen(x, torch.tensor([0, 2, 5]), [1, 2]).indices
+    tensor([0, 2, 4])
     """
     check_types("kcenter_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), ks=(ks, (list, tuple)))
     check_types("kcenter_varlen", seeds=(seeds, OPTIONAL_TENSOR), metric=(metric, str))
@@ -143,8 +174,8 @@ def _check_kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
         if has_values(seeds):
             _check_seeds("kcenter", seeds, 0, tokens)
     if mask is not None and has_values(mask) and mask.numel():
-        open_tokens = mask if seeds is None else mask.scatter(-1, seeds, True)
-        fewest = int(open_tokens.sum(-1).min())
+        allowed = mask if seeds is None else mask.scatter(-1, seeds, True)
+        fewest = int(allowed.sum(-1).min())
         check(k <= fewest, "kcenter", "k", k, f"at most the {fewest} tokens that mask and seeds allow")
 
 
@@ -186,8 +217,8 @@ def _fake_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
     return x.new_empty(sum(ks), dtype=torch.int64), x.new_empty(sum(ks), dtype=torch.float32)
 
 
-def _unbatched(run):
-    """Serve [N, D] through a backend that knows [B, N, D] only; lay features next to each other."""
+def _batched(run):
+    """Adapts x [N, D] of any strides to a backend that takes [B, N, D] with contiguous features only."""
 
     def call(x, k, *, seeds=None, mask=None, metric="cosine"):
         x = last_dim_contiguous(x)
@@ -201,7 +232,7 @@ def _unbatched(run):
 
 
 def _packed(run):
-    """Serve any strides and cu_seqlens dtype through a backend that takes int64 and contiguous features."""
+    """Adapts any strides and cu_seqlens dtype to a backend that takes int64 and contiguous features only."""
 
     def call(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
         x = last_dim_contiguous(x)
@@ -210,8 +241,8 @@ def _packed(run):
     return call
 
 
-def _shape_class(x, k, **_):
-    """Triton forms one product of all tokens with each other where CUDA C++ goes in rounds already."""
+def _shape_class(x: Tensor, k: int, **_: Any) -> str | None:
+    """Shapes for which Triton computes one Gram matrix of all tokens and CUDA C++ already works in rounds."""
     batch, tokens = x.shape[:-2].numel(), x.shape[-2]
     one_product = 2048 < tokens <= 4096 and 4 * batch * tokens**2 <= 1 << 29
     return "float32, one product" if one_product and x.dtype == torch.float32 else None
@@ -244,9 +275,9 @@ define(
     _fake_kcenter,
     {
         "reference": reference.kcenter,
-        "cpu": _unbatched(_native),
-        "triton": _unbatched(_triton),
-        "cuda": _unbatched(_native),
+        "cpu": _batched(_native),
+        "triton": _batched(_triton),
+        "cuda": _batched(_native),
     },
     shape_class=_shape_class,
 )

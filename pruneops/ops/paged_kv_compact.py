@@ -1,50 +1,72 @@
-"""Compaction of paged caches in place: schema, argument checks, fake kernel, choice of backend."""
+"""Compaction of paged caches in place: schema, argument checks, fake kernel, backends."""
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import INT, check, check_tensor, check_types, has_values
+from ..checks import (
+    INT,
+    check,
+    check_no_overlap,
+    check_same_device,
+    check_tensor,
+    check_tensor_list,
+    check_types,
+    has_values,
+)
 from ..reference.kv_compact import valid_mask
 from ._library import define
-from .kv_compact import _check_types, check_keep, check_keep_values, check_no_overlap, check_same_device
+from .kv_compact import check_keep, check_keep_values
 
 LAYOUTS = ("NHD", "HND")
 
 
-def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
+def paged_kv_compact_(
+    pages: Sequence[Tensor],
+    block_table: Tensor,
+    keep: Tensor,
+    lengths: Tensor,
+    *,
+    layout: Literal["NHD", "HND"] = "NHD",
+) -> None:
     """Keep some of the tokens of every request in a paged cache, in place.
 
-    Token keep[b, r] of request b moves to its position r, for r < lengths[b], in all tensors in one launch. No other
-    byte changes, and block_table stays as it is; `pages_in_use(lengths, page_size)` says how many of a request's
-    pages are still needed, the rest can be freed.
+    Token ``keep[b, r]`` of request b moves to its position r, for ``r < lengths[b]``, in all tensors in one launch. No
+    other byte changes, and block_table stays as it is; ``pages_in_use(lengths, page_size)`` says how many of a
+    request's pages are still needed, the rest can be freed.
 
     Parameters
     ----------
     pages : list of Tensor [pages, page, Hk, D] (NHD) or [pages, Hk, page, D] (HND), any dtype
-        Keys and values of all layers, apart; or together as [pages, 2, page, Hk, D] or [pages, 2, Hk, page, D]. Any
-        strides; no two may overlap in memory.
+        Keys and values of all layers in separate tensors; or together as [pages, 2, page, Hk, D] or
+        [pages, 2, Hk, page, D]. Any strides; no two may overlap in memory.
     block_table : Tensor [B, blocks], int32
-        Page of tokens 0 .. page - 1 of a request, of the next ones, and so on. Entries past the last kept token may
-        hold anything.
+        Page of tokens 0 .. page - 1 of a request, of the next ones, and so on. Entries past the last kept token are
+        ignored.
     keep : Tensor [B, K] or [B, Hk, K], int64
         Positions within each request, strictly ascending, for all heads or for each.
     lengths : Tensor [B], int64 or int32
-        How many entries of each row of keep are meant.
+        How many entries of each row of keep are valid.
     layout : {"NHD", "HND"}
+        Order of a page's dimensions: tokens before heads, or heads before tokens.
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched. Values are checked on CPU always, on CUDA when
-        PRUNEOPS_DEBUG=1: positions, pages, and that a page that tokens move to serves one place.
+    ValueError
+        On bad shapes and values, before anything is launched. Values are checked on CPU always, on CUDA when
+        PRUNEOPS_DEBUG=1: positions, pages, and that a page that tokens move to is listed only once.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
-    A page may stand in the rows of several requests (a shared prefix) as long as no token moves to it, for the others
-    would lose what they read there. A token with keep[b, r] = r stays where it is and is not written, so a prefix that
-    is kept whole can be shared, and so can pages that tokens are only moved from. Requests outside of this call must
-    not share a page that tokens move to either; nothing can check that here.
+    A page may stand in the rows of several requests (a shared prefix) as long as no token moves to it, which would
+    overwrite tokens of the others. A token with ``keep[b, r] = r`` stays where it is and is not written, so a prefix of
+    which every token is kept can be shared, and so can pages that tokens are only moved from. Requests outside of this
+    call must not share a page that tokens move to either; this cannot be checked here.
 
     Not differentiable.
 
@@ -59,18 +81,19 @@ def paged_kv_compact_(pages, block_table, keep, lengths, *, layout="NHD"):
     >>> pruneops.pages_in_use(torch.tensor([2]), 2)
     tensor([1])
     """
+    op = "paged_kv_compact_"
     try:
         torch.ops.pruneops.paged_kv_compact_(pages, block_table, keep, lengths, layout=layout)
-    except (RuntimeError, TypeError):  # checked when something is wrong: many tensors take microseconds to look at
-        op = "paged_kv_compact_"
+    except (RuntimeError, TypeError):  # types are checked after an error only: that keeps calls on many tensors fast
         check_types(op, block_table=(block_table, Tensor), lengths=(lengths, Tensor), layout=(layout, str))
-        _check_types(op, "pages", pages, keep=(keep, Tensor))
+        check_tensor_list(op, "pages", pages)
+        check_types(op, keep=(keep, Tensor))
         raise
     if torch.is_grad_enabled():
         torch.autograd.graph.increment_version(pages)
 
 
-def pages_in_use(lengths, page_size):
+def pages_in_use(lengths: Tensor, page_size: int) -> Tensor:
     """How many of its pages each request needs after compaction.
 
     Parameters
@@ -83,7 +106,21 @@ def pages_in_use(lengths, page_size):
     Returns
     -------
     Tensor [B], dtype of lengths
-        The first so many entries of a row of the block table are in use; the pages of the others can be freed.
+        Number of pages: the first that many entries of a row of the block table are in use; the pages of the others
+        can be freed.
+
+    Raises
+    ------
+    ValueError
+        If `page_size` is not positive.
+    TypeError
+        On arguments of a wrong type.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> pruneops.pages_in_use(torch.tensor([0, 16, 17]), 16)
+    tensor([0, 1, 2])
     """
     check_types("pages_in_use", lengths=(lengths, Tensor), page_size=(page_size, INT))
     check(page_size > 0, "pages_in_use", "page_size", page_size, "at least 1")
@@ -101,11 +138,11 @@ def _check(pages, block_table, keep, lengths, *, layout="NHD"):
     check_same_device(op, "pages", pages)
     check(keep.dim() in (2, 3), op, "keep", f"of shape {list(keep.shape)}", "[B, K] or [B, Hk, K]")
     page, Hk = (pages[0].shape[-3 + order.index(name)] for name in ("page", "Hk"))
-    check_keep(op, keep, lengths, ("pages", pages[0], None, Hk))
+    check_keep(op, keep, lengths, ("pages", pages[0]), None, Hk)
     check_tensor(op, "block_table", block_table, ("pages", pages[0]), (torch.int32,), (keep.shape[0], None), "blocks")
     for i, tensor in enumerate(pages):
-        own = {name: tensor.shape[-3 + order.index(name)] for name in order}
-        fits = own["page"] == page and (keep.dim() == 2 or own["Hk"] == Hk)
+        sizes = {name: tensor.shape[-3 + order.index(name)] for name in order}
+        fits = sizes["page"] == page and (keep.dim() == 2 or sizes["Hk"] == Hk)
         wanted = f"pages of {page} tokens{'' if keep.dim() == 2 else f' and {Hk} heads'}, as pages[0] and keep say"
         check(fits, op, f"pages[{i}]", f"of shape {list(tensor.shape)}", wanted)
     check(page > 0, op, "pages[0]", f"of shape {list(pages[0].shape)}", "pages of at least one token")
@@ -121,7 +158,7 @@ def _check_layout(layout):
 
 
 def _check_blocks(op, block_table, keep, lengths, page, pages):
-    """The pages up to each request's last kept token are there, and one that tokens move to serves one place."""
+    """The pages up to each request's last kept token exist, and a page that tokens move to is listed only once."""
     valid, keep = valid_mask(keep, lengths), keep if keep.dim() == 3 else keep[:, None]
     starts = torch.arange(block_table.shape[1], device=keep.device) * page
     used = starts <= torch.where(valid, keep, -1).amax((1, 2))[:, None]
@@ -134,10 +171,10 @@ def _check_blocks(op, block_table, keep, lengths, page, pages):
     # positions ascend, so the tokens that stay come first
     stay = (valid & (keep == torch.arange(keep.shape[-1], device=keep.device))).sum(-1).amin(-1)[:, None]
     written = torch.maximum(starts, stay) < torch.minimum(starts + page, lengths[:, None])
-    _, places, counts = blocks.unique(return_inverse=True, return_counts=True)
-    lost = (counts[places] > 1) & written[used]
-    if lost.any():
-        shared = f"page {int(blocks[lost].min())} at two places"
+    _, inverse, counts = blocks.unique(return_inverse=True, return_counts=True)
+    overwritten = (counts[inverse] > 1) & written[used]
+    if overwritten.any():
+        shared = f"page {int(blocks[overwritten].min())} at two places"
         check(False, op, "block_table", shared, "a page of its own at every place that tokens move to")
 
 
@@ -163,5 +200,5 @@ define(
     _check,
     _fake,
     {"reference": reference.paged_kv_compact_, "cpu": _native, "triton": _triton, "cuda": _native},
-    own_checks=("cpu", "triton", "cuda"),
+    self_checking=("cpu", "triton", "cuda"),
 )

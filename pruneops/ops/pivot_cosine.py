@@ -1,4 +1,6 @@
-"""Pivot-cosine duplication scoring: schemas, argument checks, fake kernels, choice of backend."""
+"""Pivot-cosine duplication scores: schemas, argument checks, fake kernels, backends."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from ._library import define, last_dim_contiguous
 REDUCTIONS = ("max", "mean", "sum")
 
 
-def pivot_cosine(x, pivots, *, mask=None):
+def pivot_cosine(x: Tensor, pivots: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Cosine of every token with each of a few pivot tokens, in one pass over x.
 
     Parameters
@@ -29,20 +31,21 @@ def pivot_cosine(x, pivots, *, mask=None):
     pivots : Tensor [B, P] or [P], int64
         Indices into x, in any order, repeats allowed: image tokens, text tokens, both.
     mask : Tensor [B, N] or [N], bool, optional
-        False where a token is to be left alone; it scores +inf. Pivots need not be in it.
+        False for a token to be excluded: it scores +inf. Pivots need not be in it.
 
     Returns
     -------
     Tensor [B, P, N] or [P, N], float32
-        Cosines; 0 where the token or the pivot is a zero vector, NaN where one of them holds a
-        NaN, an infinity, or has a squared norm above float32's range / 4.
+        Cosines; 0 where the token or the pivot is a zero vector, NaN where one of them holds a NaN, an
+        infinity, or has a squared norm above a quarter of float32's largest number.
 
     Raises
     ------
-    ValueError, TypeError
-        On bad arguments, before anything is launched. The values of `pivots` are checked on CPU
-        always, on CUDA when PRUNEOPS_DEBUG=1; unchecked indices that are no token are undefined
-        behaviour.
+    ValueError
+        On bad shapes and values, before anything is launched. The values of `pivots` are checked on CPU
+        always, on CUDA when PRUNEOPS_DEBUG=1; unchecked indices out of range are undefined behaviour.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
@@ -61,15 +64,21 @@ def pivot_cosine(x, pivots, *, mask=None):
     return torch.ops.pruneops.pivot_cosine(x, pivots, mask=mask)
 
 
-def duplication(x, pivots, *, mask=None, reduce="max"):
-    """How much every token repeats the pivots: its greatest, mean or summed cosine with them.
+def duplication(
+    x: Tensor, pivots: Tensor, *, mask: Tensor | None = None, reduce: Literal["max", "mean", "sum"] = "max"
+) -> Tensor:
+    """How much every token repeats the pivots: its largest, mean or summed cosine with them.
 
     The same pass as `pivot_cosine`, reduced on the fly: [B, P, N] is never stored.
 
     Parameters
     ----------
-    x, pivots, mask
-        As in `pivot_cosine`; at least one pivot.
+    x : Tensor [B, N, D] or [N, D], float32, float16 or bfloat16
+        Tokens, any strides. Arithmetic is float32.
+    pivots : Tensor [B, P] or [P], int64
+        Indices into x, in any order, repeats allowed; at least one.
+    mask : Tensor [B, N] or [N], bool, optional
+        False for a token to be excluded: it scores +inf. Pivots need not be in it.
     reduce : {"max", "mean", "sum"}
         Over the pivots.
 
@@ -81,19 +90,30 @@ def duplication(x, pivots, *, mask=None, reduce="max"):
 
     Raises
     ------
-    ValueError, TypeError
-        As in `pivot_cosine`.
+    ValueError
+        On bad shapes and values, as in `pivot_cosine`.
+    TypeError
+        On arguments of a wrong type or dtype.
 
     Notes
     -----
+    Not differentiable. Extra memory: none.
+
     Source: DART (arXiv:2502.11494), Definition 2 (duplicate score), over all pivots at once.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> x = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, 0.0]])
+    >>> pruneops.duplication(x, torch.tensor([0, 1]))
+    tensor([1., 1., 0., 0.])
     """
     check_types("duplication", x=(x, Tensor), pivots=(pivots, Tensor), mask=(mask, OPTIONAL_TENSOR))
     check_types("duplication", reduce=(reduce, str))
     return torch.ops.pruneops.duplication(x, pivots, mask=mask, reduce=reduce)
 
 
-def pivot_cosine_varlen(x, cu_seqlens, pivots, *, mask=None):
+def pivot_cosine_varlen(x: Tensor, cu_seqlens: Tensor, pivots: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """`pivot_cosine` over sequences of different lengths packed into one tensor.
 
     Parameters
@@ -104,8 +124,9 @@ def pivot_cosine_varlen(x, cu_seqlens, pivots, *, mask=None):
         Where each sequence starts; first entry 0, last entry T.
     pivots : Tensor [n, P], int64
         Pivots of each sequence, as indices into the packed tensor; those of an empty sequence
-        are not looked at.
+        are ignored.
     mask : Tensor [T], bool, optional
+        As in `pivot_cosine`.
 
     Returns
     -------
@@ -114,31 +135,74 @@ def pivot_cosine_varlen(x, cu_seqlens, pivots, *, mask=None):
 
     Raises
     ------
-    ValueError, TypeError
-        As in `pivot_cosine`; the values of `cu_seqlens` are checked where those of `pivots` are.
+    ValueError
+        On bad shapes and values, as in `pivot_cosine`; the values of `cu_seqlens` are checked where those of
+        `pivots` are.
+    TypeError
+        On arguments of a wrong type or dtype.
+
+    Notes
+    -----
+    As in `pivot_cosine`.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> x = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> pruneops.pivot_cosine_varlen(x, torch.tensor([0, 2, 4]), torch.tensor([[0], [2]]))
+    tensor([[ 1.,  0.,  1., -1.]])
     """
     check_types("pivot_cosine_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), pivots=(pivots, Tensor))
     check_types("pivot_cosine_varlen", mask=(mask, OPTIONAL_TENSOR))
     return torch.ops.pruneops.pivot_cosine_varlen(x, cu_seqlens, pivots, mask=mask)
 
 
-def duplication_varlen(x, cu_seqlens, pivots, *, mask=None, reduce="max"):
+def duplication_varlen(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    pivots: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduce: Literal["max", "mean", "sum"] = "max",
+) -> Tensor:
     """`duplication` over sequences of different lengths packed into one tensor.
 
     Parameters
     ----------
-    x, cu_seqlens, pivots, mask
-        As in `pivot_cosine_varlen`; at least one pivot.
+    x : Tensor [T, D], float32, float16 or bfloat16
+        Tokens of all sequences, one after another.
+    cu_seqlens : Tensor [n + 1], int32 or int64, same device as x
+        Where each sequence starts; first entry 0, last entry T.
+    pivots : Tensor [n, P], int64
+        Pivots of each sequence, at least one, as indices into the packed tensor; those of an empty
+        sequence are ignored.
+    mask : Tensor [T], bool, optional
+        As in `duplication`.
     reduce : {"max", "mean", "sum"}
+        Over the pivots.
 
     Returns
     -------
     Tensor [T], float32
+        Duplication of every token in its own sequence.
 
     Raises
     ------
-    ValueError, TypeError
-        As in `pivot_cosine_varlen`.
+    ValueError
+        On bad shapes and values, as in `pivot_cosine_varlen`.
+    TypeError
+        On arguments of a wrong type or dtype.
+
+    Notes
+    -----
+    As in `duplication`.
+
+    Examples
+    --------
+    >>> import torch, pruneops
+    >>> x = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> pruneops.duplication_varlen(x, torch.tensor([0, 2, 4]), torch.tensor([[0], [2]]))
+    tensor([ 1.,  0.,  1., -1.])
     """
     check_types("duplication_varlen", x=(x, Tensor), cu_seqlens=(cu_seqlens, Tensor), pivots=(pivots, Tensor))
     check_types("duplication_varlen", mask=(mask, OPTIONAL_TENSOR), reduce=(reduce, str))
@@ -169,9 +233,9 @@ def _check_packed(op, x, cu_seqlens, pivots, mask, reduce):
     if has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
         check_cu_seqlens(op, bounds, x.shape[0])
-        for own, start, end in zip(pivots, bounds, bounds[1:]):
+        for row, start, end in zip(pivots, bounds, bounds[1:]):
             if start < end:
-                check_indices(op, "pivots", own, start, end)
+                check_indices(op, "pivots", row, start, end)
 
 
 def _check_reduce(op, pivots, reduce):
@@ -186,8 +250,10 @@ def _scores_shape(x, pivots, reduce):
 
 
 def _define(name, reduced):
-    """The operator and its varlen form, with or without `reduce`; run(x, cu_seqlens, pivots, mask, reduce)
-    serves x [B, N, D], or [1, T, D] with cu_seqlens."""
+    """Define an operator and its varlen variant, with or without `reduce`.
+
+    Backends are functions of (x, cu_seqlens, pivots, mask, reduce); x is [B, N, D], or [1, T, D] with cu_seqlens.
+    """
     option, value = (', str reduce="max"', "max") if reduced else ("", None)
 
     def check(x, pivots, *, mask=None, reduce=value):
@@ -213,25 +279,25 @@ def _define(name, reduced):
 
     def packed(run):
         def call(x, cu_seqlens, pivots, *, mask=None, reduce=value):
-            cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-            return run(last_dim_contiguous(x)[None], cu_seqlens, pivots, None if mask is None else mask[None], reduce)[
-                0
-            ]
+            x, cu_seqlens = last_dim_contiguous(x), cu_seqlens.to(torch.int64).contiguous()
+            return run(x[None], cu_seqlens, pivots, None if mask is None else mask[None], reduce)[0]
 
         return call
 
-    runs = {"cpu": _native, "triton": _triton, "cuda": _native}
-    for schema, verify, empty, serve in (
-        (f"{name}(Tensor x, Tensor pivots, *, Tensor? mask=None{option}) -> Tensor", check, fake, batched),
-        (
-            f"{name}_varlen(Tensor x, Tensor cu_seqlens, Tensor pivots, *, Tensor? mask=None{option}) -> Tensor",
-            check_packed,
-            fake_packed,
-            packed,
-        ),
-    ):
-        plain = getattr(reference, schema.partition("(")[0])
-        define(schema, verify, empty, {"reference": plain} | {backend: serve(run) for backend, run in runs.items()})
+    backends = {"cpu": _native, "triton": _triton, "cuda": _native}
+    define(
+        f"{name}(Tensor x, Tensor pivots, *, Tensor? mask=None{option}) -> Tensor",
+        check,
+        fake,
+        {"reference": getattr(reference, name)} | {backend: batched(run) for backend, run in backends.items()},
+    )
+    define(
+        f"{name}_varlen(Tensor x, Tensor cu_seqlens, Tensor pivots, *, Tensor? mask=None{option}) -> Tensor",
+        check_packed,
+        fake_packed,
+        {"reference": getattr(reference, f"{name}_varlen")}
+        | {backend: packed(run) for backend, run in backends.items()},
+    )
 
 
 def _native(x, cu_seqlens, pivots, mask, reduce):

@@ -1,4 +1,4 @@
-"""The specification: one plain PyTorch program per operator, float32 arithmetic, any device."""
+"""The specification: one plain PyTorch function per operator, float32 arithmetic, any device."""
 
 from .assign_ranks import assign_ranks
 from .attention_mass import attention_mass

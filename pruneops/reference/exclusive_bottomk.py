@@ -1,14 +1,17 @@
-"""Exclusive bottom-k: row after row takes its lowest tokens among those nobody has taken. The specification.
+"""Exclusive bottom-k, each row in turn takes its lowest tokens among those not yet taken: the specification.
 
 Cost: one stable sort of N scores per row.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from .pivot_cosine import pivot_cosine
 
 
-def exclusive_bottomk(scores, quotas, *, taken=None):
+def exclusive_bottomk(scores: Tensor, quotas: Sequence[int], *, taken: Tensor | None = None) -> Tensor:
     """Tokens [B, sum(quotas)] that the rows of scores [B, P, N] take; see `pruneops.exclusive_bottomk`."""
     if scores.dim() == 2:
         return exclusive_bottomk(scores[None], quotas, taken=None if taken is None else taken[None])[0]
@@ -24,6 +27,6 @@ def exclusive_bottomk(scores, quotas, *, taken=None):
     return torch.cat(chosen, -1)
 
 
-def pivot_bottomk(x, pivots, quotas, *, mask=None):
+def pivot_bottomk(x: Tensor, pivots: Tensor, quotas: Sequence[int], *, mask: Tensor | None = None) -> Tensor:
     """`exclusive_bottomk` of the pivots' cosines, among the tokens that mask allows."""
     return exclusive_bottomk(pivot_cosine(x, pivots), quotas, taken=None if mask is None else ~mask)

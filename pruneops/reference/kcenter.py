@@ -1,28 +1,32 @@
-"""Greedy k-center selection (farthest-first traversal), the specification.
+"""Greedy k-center selection (farthest-first traversal): the specification.
 
 Cost: one pass over x per step, 2 k N D operations and k N D elements read.
 """
 
-import torch
+from collections.abc import Sequence
 
-# A token whose squared norm is not in this range has no usable direction: below it
-# counts as a zero vector, above it (or NaN) as non-finite. The factor 4 keeps
-# |x - y|^2 <= 4 max |x|^2 finite in float32.
+import torch
+from torch import Tensor
+
+# A token whose squared norm is below this range is treated as a zero vector; one above it,
+# or NaN, as non-finite. The factor 4 keeps |x - y|^2 <= 4 max |x|^2 finite in float32.
 SMALLEST_SQUARE = torch.finfo(torch.float32).tiny
 LARGEST_SQUARE = torch.finfo(torch.float32).max / 4
 
 
-def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
+def kcenter(
+    x: Tensor, k: int, *, seeds: Tensor | None = None, mask: Tensor | None = None, metric: str = "cosine"
+) -> tuple[Tensor, Tensor]:
     """Choose k of N tokens per batch row; see `pruneops.kcenter` for the contract."""
     if x.dim() == 2:
-        batched = (None if t is None else t[None] for t in (seeds, mask))
-        indices, radii = kcenter(x[None], k, **dict(zip(("seeds", "mask"), batched)), metric=metric)
+        seeds, mask = (None if t is None else t[None] for t in (seeds, mask))
+        indices, radii = kcenter(x[None], k, seeds=seeds, mask=mask, metric=metric)
         return indices[0], radii[0]
 
     x = x.float()
     square = x.square().sum(-1)  # [B, N]
     finite = square <= LARGEST_SQUARE
-    x = torch.where(finite[..., None], x, torch.nan)  # a non-finite center is close to nobody
+    x = torch.where(finite[..., None], x, torch.nan)  # a non-finite center is near to no token
     if metric == "cosine":
         norm = torch.where(square < SMALLEST_SQUARE, torch.inf, square.sqrt())
         x = x / norm[..., None]
@@ -48,27 +52,28 @@ def kcenter(x, k, *, seeds=None, mask=None, metric="cosine"):
     return indices, radii
 
 
-def kcenter_varlen(x, cu_seqlens, ks, *, seeds=None, metric="cosine"):
+def kcenter_varlen(
+    x: Tensor, cu_seqlens: Tensor, ks: Sequence[int], *, seeds: Tensor | None = None, metric: str = "cosine"
+) -> tuple[Tensor, Tensor]:
     """`kcenter` over each sequence of a packed x [T, D]; indices into the packed tensor."""
     bounds = cu_seqlens.tolist()
     indices, radii = [torch.empty(0, dtype=torch.int64, device=x.device)], [x.new_empty(0, dtype=torch.float32)]
     for s, (start, end, k) in enumerate(zip(bounds, bounds[1:], ks)):
         if k == 0:
             continue
-        own_seeds = None if seeds is None else seeds[s] - start
-        chosen, radius = kcenter(x[start:end], k, seeds=own_seeds, metric=metric)
+        chosen, radius = kcenter(x[start:end], k, seeds=None if seeds is None else seeds[s] - start, metric=metric)
         indices.append(chosen + start)
         radii.append(radius)
     return torch.cat(indices), torch.cat(radii)
 
 
 def _first_lowest(nearest, available):
-    """Index [B] of the first available token of least similarity, non-finite tokens last."""
+    """Index [B] of the first available token of smallest similarity, non-finite tokens last."""
     order = nearest.clamp(max=torch.finfo(torch.float32).max)  # below the +inf of the unavailable
     return torch.where(available, order, torch.inf).argmin(-1)
 
 
 def _radius(similarity, metric):
-    """Distance that belongs to a similarity: inf to an empty set, NaN for a non-finite token."""
+    """Distance of a similarity: inf to an empty set, NaN for a non-finite token."""
     distance = (-similarity).clamp(min=0).sqrt() if metric == "euclidean" else (1 - similarity).clamp(min=0)
     return torch.where(similarity == torch.inf, torch.nan, distance)

@@ -1,4 +1,4 @@
-"""What a pruned model must compute: the unpruned one, without a cache, in which nobody sees the removed tokens."""
+"""Oracle of a pruned model: the unpruned model, without a cache, with removed tokens masked out."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Thin:
-    """A method for tests: of every image it keeps some of the ranks, wherever it is told to act."""
+    """A method for tests that keeps some ranks of every image, at the stages, layers and steps of its settings."""
 
     projector: bool = False
     at: tuple = ()
@@ -43,22 +43,22 @@ def places_of(image):
 
 
 def present(method, spans, length, layers, step):
-    """bool [layers, length]: which tokens of one prompt, whose images are at `spans`, step `step` sees."""
-    everywhere = images = [places_of(span) for span in spans]
+    """bool [layers, length]: which tokens of one prompt, whose images are at `spans`, are visible in step `step`."""
+    originals = images = [places_of(span) for span in spans]
     if method.projector:
-        images = [own[method.kept(len(own), 0)] for own in images]
-    seen = torch.ones(layers, length, dtype=torch.bool)
+        images = [image[method.kept(len(image), 0)] for image in images]
+    visible = torch.ones(layers, length, dtype=torch.bool)
     for layer in range(layers):
         if layer in method.at:
-            images = [own[method.kept(len(own), layer)] for own in images]
+            images = [image[method.kept(len(image), layer)] for image in images]
         visual = torch.cat(images) if images else torch.arange(0)
         for done in range(1, step + 1):
             ranks = method.at_step(done, layer, len(visual))
             visual = visual if ranks is None else visual[ranks]
-        for own in everywhere:
-            seen[layer, own] = False
-        seen[layer, visual] = True
-    return seen
+        for image in originals:
+            visible[layer, image] = False
+        visible[layer, visual] = True
+    return visible
 
 
 def runs(flags):
@@ -70,8 +70,8 @@ def runs(flags):
 
 
 @contextlib.contextmanager
-def watched(decoder, calls):
-    """Appends the keyword arguments of every forward pass of the decoder."""
+def recorded(decoder, calls):
+    """Append the keyword arguments of every forward pass of the decoder to `calls`."""
     hook = decoder.register_forward_pre_hook(lambda m, a, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
     try:
         yield
@@ -81,7 +81,7 @@ def watched(decoder, calls):
 
 @contextlib.contextmanager
 def masked(decoder, masks):
-    """Every layer gets its own attention mask."""
+    """Replace the attention mask of every layer."""
 
     def hook(mask):
         return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
@@ -92,8 +92,8 @@ def masked(decoder, masks):
     try:
         yield
     finally:
-        for own in hooks:
-            own.remove()
+        for registered in hooks:
+            registered.remove()
 
 
 def logits(model, inputs, spans, method, generated):
@@ -102,7 +102,7 @@ def logits(model, inputs, spans, method, generated):
     generated [B, steps]; spans: per row, where its images are; see `places_of`.
     """
     decoder, calls = model.get_decoder(), []
-    with torch.no_grad(), watched(decoder, calls):
+    with torch.no_grad(), recorded(decoder, calls):
         count = generated.shape[1]
         model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
     first, steps = calls[0], calls[1:]
@@ -110,15 +110,15 @@ def logits(model, inputs, spans, method, generated):
     positions = torch.cat([call["position_ids"] for call in calls], -1)
     prompt, (B, T) = inputs["input_ids"].shape[1], embeds.shape[:2]
     layers = len(decoder.layers)
-    seen = torch.zeros(layers, B, T, T, dtype=torch.bool)
+    visible = torch.zeros(layers, B, T, T, dtype=torch.bool)
     valid = torch.cat([inputs["attention_mask"], torch.ones(B, T - prompt)], 1).bool()
     for b in range(B):
         for row in range(T):
             step = max(0, row - prompt + 1)
-            seen[:, b, row] = present(method, spans[b], T, layers, step) & valid[b]
-    seen &= torch.ones(T, T).tril().bool()
-    seen |= torch.eye(T).bool()
-    masks = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, :, None]
+            visible[:, b, row] = present(method, spans[b], T, layers, step) & valid[b]
+    visible &= torch.ones(T, T).tril().bool()
+    visible |= torch.eye(T).bool()
+    masks = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, :, None]
     extra = {}
     if first.get("visual_pos_masks") is not None:
         flags = first["visual_pos_masks"]

@@ -1,6 +1,6 @@
-"""What tests of whole situations share: methods of every kind, a model that is asked, and what must not be left behind.
+"""Shared by tests of complete situations: methods of every kind, a tiny model, comparison of runs, traces of a patch.
 
-What must hold is a relation between runs: the pruned answer of the same model left in peace, or the unpatched one.
+These tests compare runs: with the pruned run of the same model without interference, or with the unpatched model.
 """
 
 import pytest
@@ -27,7 +27,7 @@ def llava(texts="one"):
 
 
 def ask(model, inputs, **options):
-    """Logits of a generation, or of a forward pass where a wrapper has no more than that."""
+    """Logits of a generation, or of a forward pass if a wrapper has no `generate`."""
     if hasattr(model, "generate"):
         return torch.stack(generate(model, inputs, **options).logits)
     with torch.no_grad():
@@ -39,27 +39,27 @@ def same(one, other):
 
 
 def kept(handle):
-    """Visual tokens that the last layer held after the latest request's prompt."""
+    """Visual tokens in the last layer after the prompt of the latest request."""
     return handle.stats[-1].totals[-1] if handle.stats else None
 
 
-def turn(inputs, run, words):
-    """The inputs of the next turn: all so far and a few more words."""
-    ids = torch.cat([run.sequences, torch.tensor([words] * len(run.sequences))], 1)
+def turn(inputs, run, new):
+    """The inputs of the next turn: all tokens so far and some new ones."""
+    ids = torch.cat([run.sequences, torch.tensor([new] * len(run.sequences))], 1)
     more = ids.shape[1] - inputs["input_ids"].shape[1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, more), value=1)[:, -ids.shape[1] :]
     return {"input_ids": ids, "attention_mask": mask}
 
 
-TRANSFORMERS_OWN = "_pruneops", "rope_deltas"  # the second is set in every pass of a Qwen
+IGNORED = "_pruneops", "rope_deltas"  # Qwen models set the second in every pass
 
 
 def traces(model):
-    """What a pass or a patch could leave behind: attributes of every module, hooks and configurations."""
-    own = []
+    """State that a pass or a patch could change: attributes of every module, hooks and configurations."""
+    state = []
     for module in model.modules():
-        names = {name: id(value) for name, value in vars(module).items() if name not in TRANSFORMERS_OWN}
+        names = {name: id(value) for name, value in vars(module).items() if name not in IGNORED}
         hooks = [len(value) for name, value in vars(module).items() if name.endswith("_hooks")]
         config = getattr(module, "config", None)
-        own.append((names, hooks, getattr(config, "_attn_implementation", None)))
-    return own
+        state.append((names, hooks, getattr(config, "_attn_implementation", None)))
+    return state

@@ -1,4 +1,4 @@
-"""Caches that are reset, handed on, cropped or refused; what a server keeps; what is said of unpruned requests."""
+"""Caches that are reset, continued, cropped or refused; memory of a server; warnings about unpruned requests."""
 
 import contextlib
 import gc
@@ -22,22 +22,24 @@ from tests.adapters.tiny import CLIP, IMAGE, TEXT, model_of, prompts
 
 @every_kind
 def test_reset(method):
-    """A cache that was reset is as good as a new one, for a pruned request, one of text, and an unpruned one."""
+    """A cache that was reset behaves as a new one, for a pruned request, one of text, and an unpruned one."""
     model, image = model_of("llava")
-    asked = [prompts(image, texts) for texts in (TEXTS["one"], TEXTS["left-padded"], [[6]], [[2, "image", 3, "image"]])]
-    plain = [ask(model, inputs) for inputs in asked]
+    requests = [
+        prompts(image, texts) for texts in (TEXTS["one"], TEXTS["left-padded"], [[6]], [[2, "image", 3, "image"]])
+    ]
+    plain = [ask(model, inputs) for inputs in requests]
     cache = transformers.DynamicCache(config=model.config.get_text_config())
     with patch(model, method) as handle:
-        want = [ask(model, inputs) for inputs in asked]
+        want = [ask(model, inputs) for inputs in requests]
         for i in (0, 1, 2, 3, 0, 3, 2, 1, 1):
             cache.reset()
-            assert same(ask(model, asked[i], past_key_values=cache), want[i])
+            assert same(ask(model, requests[i], past_key_values=cache), want[i])
         cache.reset()
         with handle.disabled():
-            assert same(ask(model, asked[1], past_key_values=cache), plain[1])
+            assert same(ask(model, requests[1], past_key_values=cache), plain[1])
     for i in (3, 2, 1, 0):
         cache.reset()
-        assert same(ask(model, asked[i], past_key_values=cache), plain[i])
+        assert same(ask(model, requests[i], past_key_values=cache), plain[i])
 
 
 def next_turns(model, inputs, run, count=2):
@@ -55,7 +57,7 @@ def next_turns(model, inputs, run, count=2):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 @every_kind
 def test_conversation_after_the_block(family, method, texts):
-    """It goes on with the same answer, or is refused; patched again, by another method even, it goes on."""
+    """It continues with the same answer, or is refused; it continues if patched again, even with another method."""
     model, image = model_of(family)
     inputs = prompts(image, TEXTS[texts])
     with patch(model, method) as handle:
@@ -76,7 +78,7 @@ def test_conversation_after_the_block(family, method, texts):
 @pytest.mark.parametrize("texts", [*TEXTS, "side by side"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"])
 def test_later_turns_of_prepared_inputs(family, texts):
-    """Three turns, each as patch has it."""
+    """Three turns, each with the logits of patch."""
     model, image = model_of(family)
     inputs = prompts(image, TEXTS.get(texts, [[2, "image", "image", 4], ["image", "image", 9]]))
     with patch(model, PROJECTOR):
@@ -128,7 +130,7 @@ CACHES |= {
 @pytest.mark.parametrize("method", [PROJECTOR, LAYER], ids=["projector", "layer"])
 @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 def test_refused_caches(make, method):
-    """With a word on what to do instead, before the tower runs; the next request is answered."""
+    """The error names an alternative and comes before the tower runs; the next request works."""
     model, inputs = llava()
     model, cache = make(model)
     ran = []
@@ -144,7 +146,7 @@ def test_refused_caches(make, method):
 
 @pytest.mark.parametrize("method", [PROJECTOR, LAYER], ids=["projector", "layer"])
 def test_sliding_windows_without_a_cache(method):
-    """Refused in training too, where no cache says that there is a window."""
+    """Refused in training too, without a cache."""
     model, inputs = sliding(None)[0].train(), llava()[1]
     with patch(model, method), pytest.raises(UnsupportedError, match="sliding-window"):
         model(**inputs, use_cache=False)
@@ -153,7 +155,7 @@ def test_sliding_windows_without_a_cache(method):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
 @pytest.mark.parametrize("method", [PROJECTOR, LAYER, QUERY], ids=["projector", "layer", "query"])
 def test_speculation(family, method):
-    """Prompt lookup and an assistant propose; what is said is what the patched model says alone, or it is refused."""
+    """Prompt lookup and assisted decoding give the tokens of the patched model alone, or are refused."""
     model, image = model_of(family)
     inputs = prompts(image, TEXTS["one"])
     assistant = model_of(family, seed=5)[0]
@@ -182,16 +184,16 @@ def test_many_sequences_of_one_prompt(family, method):
         one = generate(model, inputs, num_beams=3)
         twice = generate(model, inputs, num_beams=3, num_return_sequences=2)
         assert torch.equal(one.sequences, twice.sequences[::2])
-        again = {name: torch.cat([own, own]) for name, own in inputs.items()}
+        again = {name: torch.cat([value, value]) for name, value in inputs.items()}
         if family == "llava":
             assert same(torch.stack(generate(model, again).logits)[:, 2:], torch.stack(want.logits))
 
 
-# Memory and words
+# Memory and warnings
 
 
 def test_memory_of_a_server():
-    """Requests leave nothing behind but the statistics of the last 16."""
+    """Only the statistics of the last 16 requests stay in memory."""
     model, inputs = llava()
     with patch(model, QUERY) as handle:
 
@@ -206,28 +208,28 @@ def test_memory_of_a_server():
         assert serve(200) <= before + 20 and len(handle.stats) == 16
 
 
-def said(act):
+def warnings_of(act):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()
-    return [str(own.message) for own in caught if "pruneops" in str(own.message)]
+    return [str(warning.message) for warning in caught if "pruneops" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
     "method", [methods.Random(keep=1.0), methods.Uniform(keep=99), methods.DART(keep=1.0, layer=2)]
 )
-def test_unpruned_requests_are_told(method):
-    """Once, with the reason; never of requests of text, or of those that were not to be pruned."""
+def test_warning_about_unpruned_requests(method):
+    """Once, with the reason; never for requests of text, or while disabled."""
     model, image = model_of("llava")
     inputs = prompts(image, TEXTS["one"])
     with patch(model, method) as handle:
-        assert not said(lambda: ask(model, prompts(image, [[5], [7]])))
+        assert not warnings_of(lambda: ask(model, prompts(image, [[5], [7]])))
         with handle.disabled():
-            assert not said(lambda: ask(model, inputs))
-        (words,) = said(lambda: [ask(model, inputs) for _ in range(3)])
-        assert "was not pruned" in words and method.__class__.__name__ in words and "16" in words
+            assert not warnings_of(lambda: ask(model, inputs))
+        (message,) = warnings_of(lambda: [ask(model, inputs) for _ in range(3)])
+        assert "was not pruned" in message and method.__class__.__name__ in message and "16" in message
     with patch(model, PROJECTOR):
-        assert not said(lambda: ask(model, inputs))
+        assert not warnings_of(lambda: ask(model, inputs))
 
 
 # Sizes
@@ -236,7 +238,7 @@ def test_unpruned_requests_are_told(method):
 @pytest.mark.parametrize("method", REAL, ids=lambda method: f"{method.name}-{len(method.to_json())}")
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl", "smolvlm"])
 def test_hardly_any_text(family, method):
-    """An image and nothing else, first, last: an answer with finite logits, or a refusal in our words."""
+    """Only an image, an image first, an image last: finite logits, or an UnsupportedError."""
     model, image = model_of(family)
     for texts in ([["image"]], [[1, "image"]], [["image", 1]], [["image", "image"]], [["image"], [4, "image"]]):
         inputs = prompts(image, texts)

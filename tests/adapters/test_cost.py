@@ -1,4 +1,4 @@
-"""What pruning costs a pass: masks, hooks, reads of the device."""
+"""Cost of pruning for a pass: masks, hooks, host synchronisations."""
 
 import sys
 
@@ -17,7 +17,7 @@ from tests.host_sync import host_syncs, no_host_sync
 
 transformers.logging.set_verbosity_error()
 PROJECTOR, LAYER = methods.ToDRE(keep=0.5, depths=()), methods.DART(keep=0.5, layer=2)
-# Budgets that follow from sizes; ToDRE's second stage looks at content.
+# Budgets that depend on sizes only; ToDRE's second stage depends on content.
 STATIC = [method for method in REAL if not getattr(method, "depths", ())] + [methods.FasterVLM(keep=0.5)]
 FOLDERS = "pruneops/adapters", "pruneops/methods"
 
@@ -28,7 +28,7 @@ def without_mask(inputs):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Copies to the host, which the guard lets pass: the lines of the adapters that ask for one."""
+    """Copies to the host, which the detector does not report: the lines of the adapters that make one."""
     places, cpu = [], torch.Tensor.cpu
 
     def counted(tensor, *args, **kwargs):
@@ -76,16 +76,16 @@ def test_prepare_reads_nothing(reads):
 
 
 def test_second_stage_synchronises_once_a_layer():
-    """ToDRE's second stage decides by content."""
+    """ToDRE's second stage depends on content."""
     model, image = model_of("llava")
     method = methods.ToDRE(keep=1.0, depths=(0.5, 0.75), tau=0.0)
-    with patch(model, method), torch.no_grad(), host_syncs(*FOLDERS) as found:
+    with patch(model, method), torch.no_grad(), host_syncs(*FOLDERS) as places:
         model(**without_mask(prompts(image, TEXTS["one"])))
-    assert len(found) == 2 and all("pruneops/methods/todre.py" in place for place in found)
+    assert len(places) == 2 and all("pruneops/methods/todre.py" in place for place in places)
 
 
 def layer_masks(model, act):
-    """For every call of a decoder layer, the mask that it was given."""
+    """The mask of every call of a decoder layer."""
     masks = []
 
     def hook(module, args, kwargs):
@@ -95,15 +95,15 @@ def layer_masks(model, act):
     try:
         act()
     finally:
-        for own in hooks:
-            own.remove()
+        for registered in hooks:
+            registered.remove()
     return masks
 
 
 @pytest.mark.parametrize("method", [PROJECTOR, LAYER, methods.FastV(keep=0.5, layer=1)], ids=lambda m: m.name)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_sdpa_needs_no_mask(family, method):
-    """Neither in prefill nor in a decode step, so that its flash kernel may run."""
+    """Neither in prefill nor in a decode step, so that its flash kernel can run."""
     model, image = model_of(family)
     inputs = without_mask(prompts(image, TEXTS["one"]))
 
@@ -117,15 +117,15 @@ def test_sdpa_needs_no_mask(family, method):
 
 
 @pytest.mark.parametrize(
-    ("attention", "texts", "method", "most"),
+    ("attention", "texts", "method", "limit"),
     [
         ("eager", "one", PROJECTOR, 1),
-        ("eager", "one", LAYER, 1),  # later layers see a part of the first ones'
+        ("eager", "one", LAYER, 1),  # later layers use a slice of the first ones'
         ("sdpa", "left-padded", PROJECTOR, 1),
         ("sdpa", "left-padded", LAYER, 2),  # one for each set of tokens
     ],
 )
-def test_masks_of_a_pass(attention, texts, method, most):
+def test_masks_of_a_pass(attention, texts, method, limit):
     model, image = model_of("llava", attention)
     inputs = prompts(image, TEXTS[texts])
     passes = []
@@ -137,7 +137,7 @@ def test_masks_of_a_pass(attention, texts, method, most):
     masks = layer_masks(model, act)
     for first in range(0, len(masks), 4):
         passes.append({mask.untyped_storage().data_ptr() for mask in masks[first : first + 4] if mask is not None})
-    assert len(passes) == 3 and all(1 <= len(own) <= most for own in passes)
+    assert len(passes) == 3 and all(1 <= len(masks) <= limit for masks in passes)
 
 
 def hooks_in_a_pass(model, act):
@@ -145,18 +145,18 @@ def hooks_in_a_pass(model, act):
     counts, decoder = [], model.get_decoder()
     number = lambda m: len(m._forward_hooks) + len(m._forward_pre_hooks)  # noqa: E731
 
-    def look(*_):
+    def count(*_):
         layers = [number(layer) + ("forward" in vars(layer.self_attn)) for layer in decoder.layers]
         counts.append((layers, number(decoder)))
 
-    hook = decoder.norm.register_forward_pre_hook(look)
-    look()
+    hook = decoder.norm.register_forward_pre_hook(count)
+    count()
     try:
         act()
     finally:
         hook.remove()
-    (before, own), *counts = counts
-    return [([a - b for a, b in zip(layers, before)], of - own) for layers, of in counts]
+    (before, before_decoder), *counts = counts
+    return [([a - b for a, b in zip(layers, before)], n - before_decoder) for layers, n in counts]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_hooks(method, prefill):
     """Only on layers that the method needs; none at all in decode, nor after it."""
     model, image = model_of("llava")
     inputs = without_mask(prompts(image, TEXTS["one"]))
-    generate(model, inputs)  # transformers leaves hooks of its own
+    generate(model, inputs)  # transformers leaves hooks
 
     def act():
         with patch(model, method):
@@ -194,15 +194,15 @@ class Operators(TorchDispatchMode):
 
 
 def test_one_image_uses_kcenter():
-    """Not the form for packed sequences, which costs three times as much."""
+    """Not the varlen operator, which costs three times as much."""
     model, image = model_of("llava")
     with patch(model, PROJECTOR), torch.no_grad(), Operators() as seen:
         model(**prompts(image, TEXTS["one"]))
     assert [name for name in seen.names if "kcenter" in name and name.startswith("pruneops::")] == ["pruneops::kcenter"]
 
 
-def test_decode_costs_what_it_did():
-    """A decode step after pruning runs the operators of an unpruned one, and no others."""
+def test_decode_has_no_extra_operators():
+    """A decode step after pruning runs exactly the operators of an unpruned one."""
     model, image = model_of("llava")
     inputs, steps = without_mask(prompts(image, TEXTS["one"])), {}
     for method in (None, PROJECTOR, LAYER):

@@ -1,4 +1,4 @@
-"""Passes side by side, one in another, and interrupted ones."""
+"""Concurrent, nested and interrupted passes."""
 
 import asyncio
 import contextlib
@@ -18,11 +18,11 @@ from tests.adapters.oracle import Thin
 from tests.adapters.situations import LAYER, PROJECTOR, QUERY, THIN, ask, every_kind, kept, llava, same, traces
 from tests.adapters.tiny import model_of, prompts
 
-# State of threads, tasks and passes in one another
+# Threads, tasks and nested passes
 
 
-def together(*acts):
-    """Their results, each in a thread of its own."""
+def in_threads(*acts):
+    """Results of functions, each in its own thread."""
     results = [None] * len(acts)
 
     def work(i):
@@ -42,15 +42,15 @@ def together(*acts):
     return results
 
 
-def meeting(count):
-    """A hook in which so many threads wait for each other, as long as they are all still running."""
+def barrier_hook(count):
+    """A hook in which `count` threads wait for each other, as long as all are running."""
     barrier = threading.Barrier(count)
 
-    def meet(*_):
+    def wait(*_):
         with contextlib.suppress(threading.BrokenBarrierError):
             barrier.wait(2)
 
-    return meet
+    return wait
 
 
 REENTRANT = find_spec("transformers.utils.output_capturing") is not None
@@ -73,32 +73,32 @@ SPOTS = {
 @pytest.mark.parametrize("spot", SPOTS)
 @every_kind
 def test_threads_in_one_pass(method, spot):
-    """Three threads walk through a pass side by side: one prunes, one prunes by other settings, one does not."""
+    """Three threads run a pass in lockstep: one prunes, one prunes with other settings, one does not."""
     needs_reentrant("threads")
     model, image = model_of("llava")
-    asked = [prompts(image, [text], seed=n) for n, text in enumerate(THREE)]
+    requests = [prompts(image, [text], seed=n) for n, text in enumerate(THREE)]
     handle = patch(model, method)
     blocks = [contextlib.nullcontext, lambda: handle.override(keep=1 if method is THIN else 0.25), handle.disabled]
 
     def act(i):
         with blocks[i]():
-            return ask(model, asked[i], steps=2)
+            return ask(model, requests[i], steps=2)
 
     want = [act(i) for i in range(3)]
-    meet = meeting(3)
-    hooks = [module.register_forward_hook(meet) for module in SPOTS[spot](model)]
+    wait = barrier_hook(3)
+    hooks = [module.register_forward_hook(wait) for module in SPOTS[spot](model)]
     for _ in range(2):
-        got = together(*(functools.partial(act, i) for i in range(3)))
+        got = in_threads(*(functools.partial(act, i) for i in range(3)))
         assert all(same(one, other) for one, other in zip(got, want))
     for hook in hooks:
         hook.remove()
     handle.remove()
-    assert same(ask(model, asked[2], steps=2), want[2]) and ACTIVE.get() is None
+    assert same(ask(model, requests[2], steps=2), want[2]) and ACTIVE.get() is None
 
 
 @every_kind
 def test_remove_while_another_thread_is_in_a_pass(method):
-    """Its pass ends as it began, and nothing stays."""
+    """Its pass ends as it began, and leaves no trace."""
     model, inputs = llava()
     plain, before = ask(model, inputs), traces(model)
     with patch(model, method):
@@ -114,13 +114,13 @@ def test_remove_while_another_thread_is_in_a_pass(method):
 def test_tasks(method):
     """Settings belong to a task; decode loops of several tasks take turns."""
     model, image = model_of("llava")
-    asked = [prompts(image, [text], seed=n) for n, text in enumerate(THREE)]
+    requests = [prompts(image, [text], seed=n) for n, text in enumerate(THREE)]
     handle = patch(model, method)
     blocks = [contextlib.nullcontext, lambda: handle.override(keep=1 if method is THIN else 0.25), handle.disabled]
 
     async def act(i, pause):
         with blocks[i]():
-            logits, given, cache = [], asked[i], None
+            logits, given, cache = [], requests[i], None
             for _ in range(4):
                 out = model(**given, past_key_values=cache)
                 logits.append(out.logits[:, -1])
@@ -171,11 +171,11 @@ INNER = {
 @pytest.mark.parametrize("spot", ["tower", "projector", "layer 0", "layer 2", "attention", "decoder", "method"])
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 def test_pass_inside_a_pass(inner, spot):
-    """A model that is asked from within a pass, of its own or of another model, prunes and answers as ever."""
+    """A model that runs inside a pass, of itself or of another model, gives its usual logits."""
     needs_reentrant(spot)
     model, image = model_of("llava")
     other = model_of("llava", seed=3)[0]
-    inputs, more, text = (prompts(image, [own], seed=n) for n, own in enumerate((*THREE[:2], [6])))
+    inputs, more, text = (prompts(image, [text], seed=n) for n, text in enumerate((*THREE[:2], [6])))
     handle, _ = patch(model, THIN), patch(other, QUERY)
 
     @torch.no_grad()
@@ -194,12 +194,12 @@ def test_pass_inside_a_pass(inner, spot):
         "layer 2": decoder.layers[2], "attention": decoder.layers[1].self_attn.k_proj, "decoder": decoder,
     }  # fmt: skip
     if spot == "method":
-        handle.method = Asking(act)
+        handle.method = CallsBack(act)
     else:
         hooks = [modules[spot].register_forward_pre_hook(act), modules[spot].register_forward_hook(act)]
     busy.clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="pruneops")  # none goes unpruned
+        warnings.filterwarnings("error", message="pruneops")  # no request is unpruned
         assert same(ask(model, inputs), want)
     assert got and all(same(one, act_alone) for one in got)
     if spot != "method":
@@ -208,8 +208,8 @@ def test_pass_inside_a_pass(inner, spot):
     assert same(ask(model, inputs), want) and ACTIVE.get() is None
 
 
-class Asking(Thin):
-    """One that asks somebody else before it chooses."""
+class CallsBack(Thin):
+    """Calls a function before it chooses."""
 
     def __init__(self, act):
         super().__init__(projector=True, at=(1, 3), steps=(2,))
@@ -226,7 +226,7 @@ class Asking(Thin):
 
 @every_kind
 def test_disabled_pass_inside_a_pass(method):
-    """A layer's hook asks the same model, unpruned."""
+    """A layer's hook runs the same model, unpruned."""
     model, inputs = llava()
     plain, got = ask(model, inputs, steps=1), []
     with patch(model, method) as handle:
@@ -246,10 +246,10 @@ def test_disabled_pass_inside_a_pass(method):
 
 
 def faulty(model, where):
-    """The module whose forward, or the object whose method, is to fail."""
+    """The module whose forward will fail."""
     decoder, base = model.get_decoder(), model.model
     return {
-        "tower": [own for own in base.vision_tower.modules() if hasattr(own, "q_proj")][-1],
+        "tower": [module for module in base.vision_tower.modules() if hasattr(module, "q_proj")][-1],
         "projector": base.multi_modal_projector,
         "before": decoder.layers[0],
         "at": decoder.layers[2],
@@ -294,8 +294,8 @@ def fail_once(model, where, error, handle, stack):
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("where", WHERE)
 def test_exception_in_a_prefill(where, error):
-    """Whatever is raised, wherever: modules, hooks and configurations are what they were before the pass, the user's
-    cache is empty again, and the next answers are right."""
+    """After any exception, anywhere: modules, hooks and configurations are as before the pass, the user's cache is
+    empty again, and the next logits are right."""
     needs_reentrant(where if where == "tower" else None)
     model, inputs = llava("left-padded")
     plain, clean = ask(model, inputs), traces(model)
@@ -322,7 +322,7 @@ def test_exception_in_a_prefill(where, error):
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("where", DECODER)
 def test_exception_in_a_step(where, error):
-    """The same in a step of generation, by methods that need masks of their own there."""
+    """The same in a decode step, with a method that needs masks there."""
     model, inputs = llava("left-padded")
     plain, clean = ask(model, inputs), traces(model)
     handle = patch(model, THIN)
@@ -341,7 +341,7 @@ def test_exception_in_a_step(where, error):
 
 
 def test_generator_that_is_closed_in_a_pass():
-    """GeneratorExit as it comes in life: a pass whose owner goes away."""
+    """GeneratorExit from a generator that is closed between passes."""
     model, inputs = llava()
     with patch(model, QUERY) as handle:
 

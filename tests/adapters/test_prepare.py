@@ -1,4 +1,4 @@
-"""Pruning after the projector as a pure function, held to the oracle."""
+"""`prepare` against the oracle."""
 
 import inspect
 
@@ -52,7 +52,7 @@ def test_several_images(family, texts):
     ids=lambda options: "-".join(options),
 )
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_what_patch_must_refuse(family, options):
+def test_options_that_patch_refuses(family, options):
     model, image = model_of(family)
     assert_prepared(model, prompts(image, TEXTS["one"]), **options)
 
@@ -60,7 +60,7 @@ def test_what_patch_must_refuse(family, options):
 @since_5_18
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_as_patch(family):
-    """The same tokens chosen, by beams too."""
+    """The same tokens are generated, with beams too."""
     model, image = model_of(family)
     inputs, method = prompts(image, TEXTS["left-padded"]), methods.ToDRE(keep=0.5, depths=())
     prepared = generate(model, prepare(model, inputs, method), num_beams=2)
@@ -70,7 +70,7 @@ def test_as_patch(family):
 
 
 @since_5_18
-def test_refusals():
+def test_errors():
     model, image = model_of("llava")
     inputs = prompts(image, TEXTS["one"])
     with pytest.raises(UnsupportedError, match="does not prune after the projector"):
@@ -96,14 +96,14 @@ def test_imports_no_hooks():
     code = """
 import sys
 import pruneops.adapters.prepare
-rooms = "handle", "passes", "prefill", "cache", "query_capture"
-print([room for room in rooms if f"pruneops.adapters.transformers.{room}" in sys.modules])
+names = "handle", "passes", "prefill", "cache", "query_capture"
+print([name for name in names if f"pruneops.adapters.transformers.{name}" in sys.modules])
 """
     assert run_python(code) == "[]\n"
 
 
 def test_without_transformers():
-    """Everything else works; what needs it says so."""
+    """Everything else works; `patch` raises an ImportError that says what to install."""
     code = """
 import sys
 sys.modules["transformers"] = None

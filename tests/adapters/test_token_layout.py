@@ -1,4 +1,4 @@
-"""What an image is: the tokens that the processor made of one picture or video, in `patch` as in `prepare`."""
+"""Which tokens belong to an image, in `patch` and in `prepare`."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ SIZES = {
     "smolvlm": [(2, 2), (0, 0), (3, 1)],
 }  # of three images; of the other families, in tokens: 2 x 3, 4 x 2, 3 x 5
 VIDEOS = "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "smolvlm"
-FRAMES = "internvl", "smolvlm"  # each is an image of its own
+FRAMES = "internvl", "smolvlm"  # each frame is an image
 LAYOUTS = {
     "one": [[3, "b", 4]],
     "several": [[2, "a", 3, "b", 1, "c", 4]],
@@ -59,37 +59,37 @@ CASES = [
 def batch(image, layout, side="left"):
     family = image["family"]
     a, b, c = (("image", *size) for size in SIZES.get(family, [(2, 3), (4, 2), (3, 5)]))
-    more = 2 if family == "llava_onevision" else 3  # its videos are as long as each other
+    more = 2 if family == "llava_onevision" else 3  # its videos have equal lengths
     pieces = {"a": a, "b": b, "c": c, "v": ("video", 2), "w": ("video", more)}
-    texts = [[pieces.get(own, own) for own in row] for row in LAYOUTS[layout]]
+    texts = [[pieces.get(piece, piece) for piece in row] for row in LAYOUTS[layout]]
     return prompts_and_truth(image, texts, side="right" if side == "right" else "left", frames=family in FRAMES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spy(Thin):
-    """Keeps the larger half of an image by its first feature, and remembers what it saw."""
+    """Keeps the half of an image with the largest first feature, and records the features that it was given."""
 
     seen: list = dataclasses.field(default_factory=list)
-    at_step = None  # as most methods
+    at_step = None  # as in most methods
 
     def select_each(self, images):
-        self.seen.append([own.features.detach() for own in images])
-        return [own.features[:, 0].topk(-(-len(own.features) // 2)).indices.sort().values for own in images]
+        self.seen.append([image.features.detach() for image in images])
+        return [image.features[:, 0].topk(-(-len(image.features) // 2)).indices.sort().values for image in images]
 
     def check(self, embeds, truth):
         rows = iter(self.seen)
         for row, images in zip(embeds, truth):
-            own = next(rows)
-            assert [len(features) for features in own] == [len(places) for places in images]
-            assert all(torch.equal(features, row[places]) for features, places in zip(own, images))
+            given = next(rows)
+            assert [len(features) for features in given] == [len(places) for places in images]
+            assert all(torch.equal(features, row[places]) for features, places in zip(given, images))
         assert next(rows, None) is None
 
 
 def first_layer(model, inputs):
-    """(the decoder's inputs, what is left of them for its first layer, logits)."""
+    """(the decoder's inputs, the inputs of its first layer, logits)."""
     decoder, calls, left = model.get_decoder(), [], []
     hook = decoder.layers[0].input_layernorm.register_forward_pre_hook(lambda module, args: left.append(args[0]))
-    with torch.no_grad(), oracle.watched(decoder, calls):
+    with torch.no_grad(), oracle.recorded(decoder, calls):
         out = model(**inputs)
     hook.remove()
     return calls[0]["inputs_embeds"], left[0], out.logits
@@ -100,7 +100,7 @@ def first_layer(model, inputs):
     [(*case, side) for case in CASES for side in (SIDES if len(LAYOUTS[case[1]]) > 1 else ("left", "unmasked"))],
 )
 def test_images(family, layout, side):
-    """Patch and prepare see each image's own features, and keep the same tokens."""
+    """Patch and prepare select from the features of each image, and keep the same tokens."""
     model, image = model_of(family)
     inputs, truth = batch(image, layout, side)
     if side == "unmasked":
@@ -120,12 +120,12 @@ def test_images(family, layout, side):
 
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_embeddings_in_place_of_ids(family):
-    """Images are where the placeholder's embedding is; tiles are told apart by ids."""
+    """Images are located by the placeholder's embedding; tiles need ids."""
     model, image = model_of(family)
     inputs, truth = batch(image, "mixed" if family in VIDEOS else "batch")
     spy, embeds = Spy(projector=True), first_layer(model, inputs)[0]
     if getattr(model.base_model, "rope_deltas", None) is not None:
-        model.base_model.rope_deltas = None  # without ids, models go on from an earlier pass
+        model.base_model.rope_deltas = None  # without ids, models reuse it from an earlier pass
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
     tiles = family in ("idefics3", "smolvlm")
     with patch(model, spy), pytest.raises(UnsupportedError, match="give input_ids") if tiles else nullcontext():
@@ -205,13 +205,14 @@ def test_rows_padded_on_either_side(family, layout):
     for side in SIDES:
         inputs, _ = batch(image, layout, side)
         with patch(model, methods.FastV(keep=0.5, layer=2)):
-            own = first_layer(model, inputs)[2]
-        logits.append(own[:, -1] if side == "left" else own[range(len(own)), inputs["attention_mask"].sum(1) - 1])
+            output = first_layer(model, inputs)[2]
+        last = inputs["attention_mask"].sum(1) - 1
+        logits.append(output[:, -1] if side == "left" else output[range(len(output)), last])
     scale = logits[0].abs().max().clamp(min=1)
     torch.testing.assert_close(logits[0] / scale, logits[1] / scale, rtol=0, atol=1e-5)
 
 
-# What the processors write
+# Prompts as the processors write them
 
 TOKENS = {"fake_image_token": "<fake>", "image_token": "<image>", "image_seq_len": 4, "image_seq_length": 4}
 TOKENS |= dict.fromkeys(["global_image_tag", "global_image_token"], "<global-img>")
@@ -233,14 +234,14 @@ def written(family, rows, cols):
 
 
 def cut(length, text, newlines="\n\n|\n", padding=0):
-    """Tokens of every image of a row, where `length` tells those of the first."""
+    """Tokens of every image of a row; `length` returns those of the first."""
     pieces = re.findall(rf"<.*?>|{newlines}|[^<\n]", text)
     pieces = ["", *pieces, *[""] * padding] if padding else pieces
-    words = numpy.unique(pieces, return_inverse=True)[1]
+    ids = numpy.unique(pieces, return_inverse=True)[1]
     places, sizes = numpy.flatnonzero(numpy.array(pieces) == "<image>"), []
     while sum(sizes) < len(places):
         rest = places[sum(sizes) :]
-        sizes.append(length(rest, words) if length is tiles_length else length(rest))
+        sizes.append(length(rest, ids) if length is tiles_length else length(rest))
     return sizes
 
 
@@ -252,7 +253,7 @@ def test_tiles(family, between, newlines):
     for number, (first, second) in enumerate(itertools.product(GRIDS, repeat=2)):
         images = [first, second, *[GRIDS[number % len(GRIDS)]] * (number % 2)]
         before, after = [("", ""), ("", "\n"), ("Two:\n", "\n\n"), ("U", "?")][number % 4]
-        text = before + between.join(strings[own] for own in images) + after
+        text = before + between.join(strings[grid] for grid in images) + after
         assert cut(tiles_length, text, newlines, number % 3) == [4 * (rows * cols + 1) for rows, cols in images]
 
 
@@ -274,11 +275,11 @@ def test_frames(monkeypatch):
         assert cut(run_length, text) == [12, 12, 4, 4, 4, 4, 12]
 
 
-# Refusals
+# Errors
 
 
-def refusals(family):
-    """Ways to run a model on inputs."""
+def ways_to_run(family):
+    """{way: function of inputs}."""
     model, image = model_of(family)
 
     def patched(method):
@@ -298,26 +299,26 @@ def refusals(family):
 @pytest.mark.parametrize("layout", ["one", "batch"])
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_wrong_count(family, layout, change):
-    image, ways = refusals(family)
+    image, ways = ways_to_run(family)
     inputs, truth = batch(image, layout)
     place = truth[0][0][0] if change < 0 else inputs["attention_mask"][0].argmax()
     inputs["input_ids"][0, place] = 5 if change < 0 else IMAGE
     features = sum(len(places) for row in truth for places in row)
     ours = f"{features + change} image tokens in the prompts for {features} image features"
-    own = rf"\b{features + change}\b.* features|not divisible by patch_size|Number of elements of source"
-    for name, run in ways.items():  # within a pass the model itself may say it
-        with pytest.raises((ValueError, RuntimeError), match=ours if name == "prepare" else own):
+    models = rf"\b{features + change}\b.* features|not divisible by patch_size|Number of elements of source"
+    for name, run in ways.items():  # within a pass the model itself may raise it
+        with pytest.raises((ValueError, RuntimeError), match=ours if name == "prepare" else models):
             run(dict(inputs))
 
 
 @pytest.mark.parametrize("layout", ["one", "batch"])
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_hidden_image_tokens(family, layout):
-    image, ways = refusals(family)
+    image, ways = ways_to_run(family)
     inputs, truth = batch(image, layout)
     inputs["attention_mask"][0, truth[0][0][0]] = 0
-    # models with grids fail in their own positions before
-    errors, words = (RuntimeError, "|shape mismatch") if "grid" in image else (UnsupportedError, "")
+    # models with grids fail earlier, in their positions
+    errors, message = (RuntimeError, "|shape mismatch") if "grid" in image else (UnsupportedError, "")
     for run in ways.values():
-        with pytest.raises(errors, match="attention mask hides tokens of an image" + words):
+        with pytest.raises(errors, match="attention mask hides tokens of an image" + message):
             run(dict(inputs))

@@ -1,4 +1,4 @@
-"""Losses and gradients of pruned models, held to those of the unpruned one in which nobody sees the removed tokens."""
+"""Losses and gradients of pruned models against those of the unpruned model with removed tokens masked out."""
 
 import functools
 
@@ -18,24 +18,24 @@ from tests.adapters.tiny import FAMILIES, model_of, prompts
 transformers.logging.set_verbosity_error()
 
 
-class Steady(Thin):
-    """One that has no say between steps, which would need a cache."""
+class NoSteps(Thin):
+    """Does not prune between decode steps, which would need a cache."""
 
     at_step = None
 
 
 THINS = {
-    "projector": Steady(projector=True),
-    "layer": Steady(at=(2,)),
-    "layers": Steady(at=(1, 3)),
-    "both": Steady(projector=True, at=(1, 2)),
+    "projector": NoSteps(projector=True),
+    "layer": NoSteps(at=(2,)),
+    "layers": NoSteps(at=(1, 3)),
+    "both": NoSteps(projector=True, at=(1, 2)),
 }
 TEXTS = {"one": [[3, "image", 5]], "two": [[3, "image", 5], [6, "image", 9]], "images": [[2, "image", 3, "image", 4]]}
 every_method = pytest.mark.parametrize("method", THINS.values(), ids=THINS)
 
 
 def task(family, texts="two", side="left", attention="sdpa"):
-    """(model in training mode, inputs with labels): text is learnt, but for the first token, which padding predicts."""
+    """(model in training mode, inputs with labels): text, without the first token, which padding would predict."""
     model, image = model_of(family, attention)
     inputs = prompts(image, TEXTS[texts], side=side)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -44,7 +44,7 @@ def task(family, texts="two", side="left", attention="sdpa"):
 
 
 def removed_tokens(inputs, method, layers):
-    """bool [layers, B, S]: who is seen in each layer, padding aside."""
+    """bool [layers, B, S]: tokens visible in each layer, padding not considered."""
     length = inputs["input_ids"].shape[1]
     return torch.stack([oracle.present(method, spans, length, layers, 0) for spans in spans_of(inputs)], 1)
 
@@ -67,23 +67,23 @@ def truth(model, inputs, method):
 
 
 def gradients(model, loss):
-    """Of every weight that has one."""
+    """{name: gradient} of every weight that has one."""
     model.zero_grad()
     loss.backward()
-    return {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def assert_gradients(got, want, rtol=1e-4):
     assert got.keys() == want.keys()
-    for name, own in want.items():
-        assert (got[name] - own).norm() <= rtol * own.norm() + 1e-7, name
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= rtol * gradient.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @every_method
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients(family, method, side):
-    """As if the removed tokens were there and nobody saw them: loss, logits and the gradient of every weight."""
+    """Loss, logits and the gradient of every weight are those of the unpruned model with removed tokens masked out."""
     model, inputs = task(family, side=side)
     want, logits = truth(model, inputs, method)
     wanted = gradients(model, want)
@@ -95,7 +95,7 @@ def test_loss_and_gradients(family, method, side):
         scale = logits.abs().max()
         torch.testing.assert_close(out.logits[valid] / scale, logits[valid] / scale, rtol=0, atol=1e-5)
         assert_gradients(gradients(model, out.loss), wanted)
-    assert any("layers.3" in name for name in wanted) and any(own.norm() > 1e-4 for own in wanted.values())
+    assert any("layers.3" in name for name in wanted) and any(gradient.norm() > 1e-4 for gradient in wanted.values())
     assert (model(**inputs).loss - want).abs() > 1e-5
 
 
@@ -103,7 +103,7 @@ def test_loss_and_gradients(family, method, side):
 @pytest.mark.parametrize("texts", TEXTS)
 @every_method
 def test_without_a_cache(method, texts, attention):
-    """use_cache=False, as an argument or in the configuration, and tuples in place of outputs."""
+    """use_cache=False, as an argument or in the configuration, and tuples instead of outputs."""
     model, inputs = task("llava", texts, attention=attention)
     want, _ = truth(model, inputs, method)
     wanted = gradients(model, want)
@@ -121,16 +121,15 @@ def test_without_a_cache(method, texts, attention):
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prepared_loss(family, texts, side):
-    """prepare() shortens labels too: the loss and the gradients of patch, the projector's among them."""
+    """prepare() shortens labels too: loss and gradients equal those of patch, including the projector's."""
     model, inputs = task(family, texts, side)
-    method = methods.Uniform(keep=0.5)
-    labels, keep_last = inputs["labels"], methods.DivPrune(keep=0.5)
-    for own in (method, keep_last):
-        with patch(model, own):
+    labels = inputs["labels"]
+    for method in (methods.Uniform(keep=0.5), methods.DivPrune(keep=0.5)):
+        with patch(model, method):
             inputs["labels"] = labels.masked_fill(behind_images(inputs), -100)
             want = model(**inputs).loss
             wanted = gradients(model, want)
-        loss = model(**prepare(model, inputs, own)).loss
+        loss = model(**prepare(model, inputs, method)).loss
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
         got = gradients(model, loss)
         assert_gradients(got, {name: value for name, value in wanted.items() if name in got})
@@ -138,7 +137,7 @@ def test_prepared_loss(family, texts, side):
 
 
 def behind_images(inputs):
-    """bool [B, S]: tokens that an image's last one predicts."""
+    """bool [B, S]: tokens predicted by the last token of an image."""
     flags = torch.zeros_like(inputs["input_ids"]).bool()
     for row, spans in zip(flags, spans_of(inputs)):
         for _, end in spans:
@@ -160,7 +159,7 @@ REAL = {
 @pytest.mark.parametrize("method", [*THINS.values(), *REAL.values()], ids=[*THINS, *REAL])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"])
 def test_gradient_checkpointing(family, method, reentrant):
-    """The gradients that there are without it, or a refusal before anything is computed."""
+    """The gradients without it, or an UnsupportedError before anything is computed."""
     model, inputs = task(family)
     with patch(model, method):
         want = model(**inputs, use_cache=False).loss
@@ -187,7 +186,7 @@ def test_gradient_checkpointing(family, method, reentrant):
 @pytest.mark.parametrize("method", REAL.values(), ids=REAL)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
 def test_steps_of_training(family, method):
-    """The loss falls, and the same tokens go whether a cache is filled or not."""
+    """The loss falls, and the same tokens are removed with and without a cache."""
     model, inputs = task(family)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     with patch(model, method) as handle:
@@ -198,15 +197,15 @@ def test_steps_of_training(family, method):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert losses[-1] < losses[0] and len({str(own.kept) for own in handle.stats}) == 1
+    assert losses[-1] < losses[0] and len({str(stats.kept) for stats in handle.stats}) == 1
 
 
-class Remembering(methods.DivPrune):
-    """Selects from features that are always the same, and remembers what it was shown and what it chose."""
+class Recording(methods.DivPrune):
+    """Selects from features that are always the same, and records its choices."""
 
     def select_each(self, images):
-        chosen = super().select_each([own._replace(features=shared_features(own.features)) for own in images])
-        CHOSEN.extend(own.tolist() for own in chosen)
+        chosen = super().select_each([image._replace(features=shared_features(image.features)) for image in images])
+        CHOSEN.extend(indices.tolist() for indices in chosen)
         return chosen
 
 
@@ -222,10 +221,10 @@ def shared_features(features):
     return _features(*features.shape)
 
 
-@pytest.mark.parametrize("method", [Remembering(keep=0.5), *REAL.values()], ids=["same features", *REAL])
+@pytest.mark.parametrize("method", [Recording(keep=0.5), *REAL.values()], ids=["same features", *REAL])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_autocast(method, checkpointing):
-    """A step in bfloat16 runs and is near the one in float32; of the same features the same tokens stay."""
+    """A step in bfloat16 runs and is close to float32; from the same features the same tokens are kept."""
     model, inputs = task("llava")
     CHOSEN.clear()
     with patch(model, method) as handle:
@@ -238,7 +237,7 @@ def test_autocast(method, checkpointing):
             except UnsupportedError:
                 return
         loss.backward()
-        assert all(own.grad.isfinite().all() for own in model.parameters() if own.grad is not None)
+        assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
         torch.testing.assert_close(loss.detach(), want.detach(), rtol=0.2, atol=0.2)
         assert handle.stats[0].totals == handle.stats[1].totals
     assert CHOSEN[:2] == CHOSEN[2:]
@@ -248,7 +247,7 @@ def test_autocast(method, checkpointing):
 @pytest.mark.parametrize("first", ["wrap", "patch"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_step(method, first, checkpointing):
-    """PEFT's adapters learn through a pruned model, and nothing else does."""
+    """PEFT's adapters learn through a pruned model, and no other weight changes."""
     import peft
 
     model, inputs = task("llava")
@@ -261,18 +260,18 @@ def test_lora_step(method, first, checkpointing):
         wrapped.enable_input_require_grads()
     if first == "wrap":
         handle = patch(wrapped, method)
-    optimizer = torch.optim.SGD([own for own in wrapped.parameters() if own.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([weight for weight in wrapped.parameters() if weight.requires_grad], lr=0.1)
     try:
         loss = wrapped(**inputs).loss
     except UnsupportedError:
         handle.remove()
         return
-    before = {name: own.detach().clone() for name, own in wrapped.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in wrapped.named_parameters()}
     loss.backward()
     optimizer.step()
-    moved = {name for name, own in wrapped.named_parameters() if not torch.equal(own, before[name])}
-    assert any("lora_B" in name for name in moved) and any("projector" in name for name in moved)
-    assert all("lora" in name or "modules_to_save" in name for name in moved)
+    changed = {name for name, weight in wrapped.named_parameters() if not torch.equal(weight, before[name])}
+    assert any("lora_B" in name for name in changed) and any("projector" in name for name in changed)
+    assert all("lora" in name or "modules_to_save" in name for name in changed)
     assert (wrapped(**inputs).loss - loss).abs() > 1e-6 and len(handle.stats) == 2
     handle.remove()
 
@@ -280,7 +279,7 @@ def test_lora_step(method, first, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", [REAL["ToDRE"], REAL["FastV"]], ids=["ToDRE", "FastV"])
 def test_trainer(method, checkpointing, tmp_path):
-    """Three steps of transformers' Trainer; the model that it saves is an ordinary one."""
+    """Three steps of transformers' Trainer; the model that it saves is unpatched."""
     model, inputs = task("llava", "one")
     rows = [{name: value[0] for name, value in inputs.items()}] * 6
     arguments = transformers.TrainingArguments(
@@ -296,7 +295,7 @@ def test_trainer(method, checkpointing, tmp_path):
         assert checkpointing and method is REAL["FastV"]
         return
     assert len(handle.stats) == 3 and handle.stats[0].totals[-1] == 16
-    assert all(0 < own["loss"] < 100 for own in trainer.state.log_history if "loss" in own)
+    assert all(0 < entry["loss"] < 100 for entry in trainer.state.log_history if "loss" in entry)
     trainer.save_model(str(tmp_path / "saved"))
     handle.remove()
     again = type(model).from_pretrained(tmp_path / "saved").eval()

@@ -1,4 +1,4 @@
-"""Pruning inside transformers models, held to the oracle."""
+"""Pruning inside transformers models against the oracle."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from tests.adapters.tiny import FAMILIES, IMAGE, model_of, prompts
 
 transformers.logging.set_verbosity_error()
 STEPS = 5
-NEWER_FAMILIES = "qwen3_vl_moe", "glm4v", "glm4v_moe"  # others, with break tokens, in test_token_layout.py
+NEWER_FAMILIES = "qwen3_vl_moe", "glm4v", "glm4v_moe"  # those with break tokens: test_token_layout.py
 METHODS = {
     "projector": Thin(projector=True),
     "layer": Thin(at=(2,)),
@@ -39,7 +39,7 @@ REAL = (
 
 
 def spans_of(inputs, tokens=None):
-    """Where images are: runs of image tokens, cut in pieces of so many."""
+    """(first, last + 1) of images: runs of image tokens, cut into pieces of `tokens` each."""
     spans = [runs((row == IMAGE).tolist()) for row in inputs["input_ids"]]
     if tokens is None:
         return spans
@@ -77,19 +77,19 @@ def test_oracle(family, attention, method, texts):
     assert_oracle(model, inputs, method, out)
 
 
-def flash_stand_in(module, query, key, value, attention_mask, scaling=None, position_ids=None, **_):
-    """What flash attention takes: a mask of rank 2 or none, causal from the last token; gaps are other prompts."""
+def flash_emulation(module, query, key, value, attention_mask, scaling=None, position_ids=None, **_):
+    """Interface of flash attention: a mask of rank 2 or none, causal from the last token; gaps start other prompts."""
     (B, _, n, _), length = query.shape, key.shape[2]
     if B == 1 and n > 1 and attention_mask is None and position_ids is not None:
         assert (position_ids.diff() == 1).all(), "taken for packed sequences"
-    seen = torch.ones(n, length, dtype=torch.bool).tril(length - n)[None, None]
+    visible = torch.ones(n, length, dtype=torch.bool).tril(length - n)[None, None]
     if attention_mask is not None:
         assert attention_mask.dim() == 2
-        seen = seen & attention_mask[:, None, None, -length:].bool()
-    seen = seen | ~seen.any(-1, keepdim=True)
+        visible = visible & attention_mask[:, None, None, -length:].bool()
+    visible = visible | ~visible.any(-1, keepdim=True)
     groups = query.shape[1] // key.shape[1]
-    key, value = (own.repeat_interleave(groups, 1) for own in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+    key, value = (heads.repeat_interleave(groups, 1) for heads in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -97,16 +97,16 @@ def flash_stand_in(module, query, key, value, attention_mask, scaling=None, posi
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_flash_attention(family, method, texts):
-    """Its masks and its layouts, by a stand-in; the real one needs a GPU."""
+    """Its masks and layouts, with an emulation; the real one needs a GPU."""
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-    transformers.AttentionInterface.register("flash_stand_in", flash_stand_in)
-    AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
+    transformers.AttentionInterface.register("flash_emulation", flash_emulation)
+    AttentionMaskInterface.register("flash_emulation", flash_attention_mask)
     model, image = model_of(family)
     inputs, method = prompts(image, TEXTS[texts]), METHODS[method]
     decoder = model.get_decoder()
     with patch(model, method):
-        decoder.config._attn_implementation = "flash_stand_in"
+        decoder.config._attn_implementation = "flash_emulation"
         out = generate(model, inputs)
         decoder.config._attn_implementation = "sdpa"
     assert_oracle(model, inputs, method, out)
@@ -115,7 +115,7 @@ def test_flash_attention(family, method, texts):
 @pytest.mark.parametrize("texts", [TWO_IMAGES, [*TWO_IMAGES, [1, "image", 2]]], ids=len)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_several_images(family, texts):
-    """Each has a budget of its own; rows may have different numbers of them."""
+    """Budgets are per image; rows may have different numbers of images."""
     model, image = model_of(family)
     inputs, method = prompts(image, texts), METHODS["all three"]
     with patch(model, method):
@@ -127,15 +127,15 @@ def test_several_images(family, texts):
     "texts", [[[2, "image", "image", 4]], [[2, "image", "image", 4], ["image", "image", "image", 1]]]
 )
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
-def test_images_side_by_side(family, texts):
-    """Nothing stands between them, and yet each has a budget of its own."""
+def test_adjacent_images(family, texts):
+    """Budgets are per image, without a token between images too."""
     model, image = model_of(family)
     inputs, method = prompts(image, texts), METHODS["all three"]
     with patch(model, method) as handle:
         out = generate(model, inputs)
         generate(model, inputs, num_beams=2)
     sizes = [[image["tokens"]] * row.count("image") for row in texts]
-    assert [stats.images for stats in handle.stats] == [sizes, [own for own in sizes for _ in range(2)]]
+    assert [stats.images for stats in handle.stats] == [sizes, [row for row in sizes for _ in range(2)]]
     assert_oracle(model, inputs, method, out, tokens=image["tokens"])
 
 
@@ -155,7 +155,7 @@ def test_second_generate_on_the_same_cache(family, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_beams(family, method):
-    """The score of the best beam is what the oracle gives its tokens."""
+    """The score of the best beam is the oracle's for its tokens."""
     model, image = model_of(family)
     inputs, method = prompts(image, TEXTS["left-padded"]), METHODS[method]
     with patch(model, method):
@@ -168,15 +168,15 @@ def test_beams(family, method):
 
 @pytest.mark.parametrize("method", ["projector", "layer", "generation"])
 def test_generated_image_tokens_are_text(method):
-    """An image-token id that the model itself says is nobody's image."""
+    """An image-token id that the model generates belongs to no image."""
     model, image = model_of("llava")
     inputs, method = prompts(image, TEXTS["one"]), METHODS[method]
 
-    def say(batch, ids):
+    def allowed(batch, ids):
         return [IMAGE] if ids.shape[-1] < inputs["input_ids"].shape[1] + 2 else list(range(128))
 
     with patch(model, method):
-        out = generate(model, inputs, prefix_allowed_tokens_fn=say)
+        out = generate(model, inputs, prefix_allowed_tokens_fn=allowed)
     assert (out.sequences[:, inputs["input_ids"].shape[1] :][:, :2] == IMAGE).all()
     assert_oracle(model, inputs, method, out)
 
@@ -208,20 +208,20 @@ def test_remove_restores_the_model(family):
     inputs = prompts(image, TEXTS["left-padded"])
 
     def hooks():
-        return [len(own) for m in model.modules() for own in (m._forward_hooks, m._forward_pre_hooks)]
+        return [len(hooks) for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def names():
         return [set(vars(m)) for m in model.modules()]
 
-    plain = generate(model, inputs)  # transformers leaves hooks of its own
+    plain = generate(model, inputs)  # transformers leaves hooks
     before, attributes = hooks(), names()
     configs = [layer.self_attn.config for layer in model.get_decoder().layers]
     handle = patch(model, METHODS["all three"])
     pruned = generate(model, inputs)
     handle.remove()
-    handle.remove()  # once more does no harm
+    handle.remove()  # a second call does nothing
     assert hooks() == before and names() == attributes
-    assert all(layer.self_attn.config is own for layer, own in zip(model.get_decoder().layers, configs))
+    assert all(layer.self_attn.config is config for layer, config in zip(model.get_decoder().layers, configs))
     again = generate(model, inputs)
     assert all(torch.equal(one, other) for one, other in zip(plain.logits, again.logits))
     assert not torch.equal(plain.logits[0], pruned.logits[0])
@@ -229,7 +229,7 @@ def test_remove_restores_the_model(family):
 
 @pytest.mark.parametrize("where", ["at_layer", "select_each", "attention"])
 def test_errors_leave_no_trace(where):
-    """A method or a model that fails in the middle of a pass: the next one is right."""
+    """After a method or a model that fails in the middle of a pass, the next pass is right."""
     model, image = model_of("llava")
     inputs, method = prompts(image, TEXTS["one"]), METHODS["all three"]
     configs = model.get_decoder().layers[0].self_attn.config
@@ -285,7 +285,7 @@ def test_stats():
 @pytest.mark.parametrize("method", REAL, ids=lambda method: f"{method.name}-{len(method.to_json())}")
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3"])
 def test_methods(family, method):
-    """Every method in a model: what it keeps of an image is its budget."""
+    """Every method in a model keeps its budget of each image."""
     model, image = model_of(family)
     with patch(model, method) as handle:
         generate(model, prompts(image, TEXTS["left-padded"]))
@@ -296,13 +296,13 @@ def test_methods(family, method):
 
 
 def test_cls_attention():
-    """What the hooks on the tower find is what its attention matrix says; without [CLS], FasterVLM is refused."""
+    """Hooks on the tower give the row of its attention matrix; without [CLS], FasterVLM is refused."""
     model, image = model_of("llava", "eager")
     inputs, seen = prompts(image, TEXTS["left-padded"]), []
 
     class Spy(methods.FasterVLM):
         def select_each(self, images):
-            seen.extend(own.cls_attention for own in images)
+            seen.extend(image.cls_attention for image in images)
             return super().select_each(images)
 
     with patch(model, Spy(keep=3)) as handle:
@@ -318,7 +318,7 @@ def test_cls_attention():
 
 
 def test_thumbnail():
-    """AnyRes: the [CLS] attention of the first tile, and where its tokens are."""
+    """AnyRes: the [CLS] attention of the first tile, and the positions of its tokens."""
     model, image = model_of("llava_next")
     seen = []
 
@@ -329,12 +329,12 @@ def test_thumbnail():
 
     with patch(model, Spy(keep=0.5, depths=())):
         generate(model, prompts(image, TWO_IMAGES))
-    assert [own.thumbnail for own in seen] == [(0, 16)] * 2
-    assert all(own.cls_attention[:16].min() > 0 and not own.cls_attention[16:].any() for own in seen)
+    assert [image.thumbnail for image in seen] == [(0, 16)] * 2
+    assert all(image.cls_attention[:16].min() > 0 and not image.cls_attention[16:].any() for image in seen)
 
 
 def test_queries_and_keys():
-    """FastV sees the attention that the layer before computed."""
+    """FastV gets the queries and keys with which the layer before computed its attention."""
     model, image = model_of("qwen2_5_vl", "eager")
     inputs, seen = prompts(image, TEXTS["one"]), []
 
@@ -352,7 +352,7 @@ def test_queries_and_keys():
 
 
 def test_own_forward_loop():
-    """Without generate: positions follow from the cache."""
+    """A loop without generate: positions follow from the cache."""
     model, image = model_of("llava")
     inputs, method = prompts(image, TEXTS["one"]), METHODS["all three"]
     with torch.no_grad(), patch(model, method):
@@ -370,7 +370,7 @@ def test_own_forward_loop():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_that_get_shorter_than_others(method, attention):
-    """Prompts of one length, and no mask ever: one loses tokens and the other has none to lose."""
+    """Prompts of one length without a mask: one loses tokens, the other has no image."""
     model, image = model_of("llava", attention)
     both, method = prompts(image, [[3, "image", 5], [24]]), METHODS[method]
     assert both["attention_mask"].all()
@@ -404,7 +404,7 @@ def test_chunked_prefill_is_refused():
         generate(model, prompts(image, TEXTS["one"]), prefill_chunk_size=4)
 
 
-# Refusals
+# Errors
 
 
 def test_unknown_architecture():
@@ -425,14 +425,14 @@ def test_patching_twice():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"use_cache": False}, "use_cache=False cannot be pruned"),
         ({"cache_implementation": "static"}, "StaticCache cannot be pruned"),
         ({"cache_implementation": "offloaded"}, "cannot be pruned"),
     ],
 )
-def test_refused_generation(options, words):
+def test_refused_generation(options, message):
     model, image = model_of("llava")
-    with patch(model, METHODS["layer"]), pytest.raises(UnsupportedError, match=words):
+    with patch(model, METHODS["layer"]), pytest.raises(UnsupportedError, match=message):
         generate(model, prompts(image, TEXTS["one"]), **options)

@@ -1,4 +1,4 @@
-"""What owners of a model do around pruning: they wrap it, override its methods, copy and pickle it."""
+"""Models that are wrapped, whose methods are overridden, that are copied or pickled."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from tests.adapters.tiny import CLIP, IMAGE, TEXT, model_of, prompts
 
 
 class Delegate(torch.nn.Module):
-    """A wrapper of somebody's own."""
+    """A user-defined wrapper that forwards attributes."""
 
     def __init__(self, inner):
         super().__init__()
@@ -40,7 +40,7 @@ class Delegate(torch.nn.Module):
 
 
 class Bare(Delegate):
-    """One that shows nothing of what is inside."""
+    """A wrapper that does not forward attributes."""
 
     __getattr__ = torch.nn.Module.__getattr__
 
@@ -96,7 +96,7 @@ every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 
 def answers(model, real, inputs):
-    """Of a forward pass, and of a generation by the wrapper if it has one, else by the model inside."""
+    """Logits of a forward pass and of a generation, by the wrapper if it has `generate`, else by the inner model."""
     with torch.no_grad():
         direct = model(**inputs).logits
     return torch.cat([direct[0], ask(model if hasattr(model, "generate") else real, inputs, steps=2)[:, 0]])
@@ -105,8 +105,8 @@ def answers(model, real, inputs):
 @pytest.mark.parametrize(("method", "first"), [(PROJECTOR, "wrap"), (LAYER, "wrap"), (LAYER, "patch")])
 @every_wrapper
 def test_wrapper(wrap, method, first):
-    """Whichever comes first, wrapping or patching: pruned to the budget, with the answers of the model inside; plain
-    again after remove()."""
+    """Wrapping before or after patching: pruned to the budget, with the logits of the inner model; unpruned again
+    after remove()."""
     model, inputs = llava()
     if first == "patch":
         handle, wrapped = patch(model, method), wrap(model)
@@ -127,18 +127,18 @@ def test_wrapper(wrap, method, first):
 @since_5_18
 @every_wrapper
 def test_prepare_through_a_wrapper(wrap):
-    """As through the model inside."""
+    """The same as with the inner model."""
     model, inputs = llava()
     wrapped = wrap(model)
     real = find_model("test", wrapped)
-    one, other = (ask(real, prepare(own, inputs, PROJECTOR)) for own in (wrapped, real))
+    one, other = (ask(real, prepare(model, inputs, PROJECTOR)) for model in (wrapped, real))
     assert same(one, other) and int((prepare(wrapped, inputs, PROJECTOR)["input_ids"] == IMAGE).sum()) == 8
 
 
 @every_kind
 @pytest.mark.parametrize("way", ["merge_and_unload", "unload", "merge_adapter", "disable_adapter"])
 def test_adapters_come_and_go(way, method):
-    """PEFT takes its adapter away, or melts it into the weights, while the model is patched."""
+    """PEFT removes its adapter, or merges it into the weights, while the model is patched."""
     model, inputs = llava()
     wrapped = lora(model)
     handle = patch(wrapped, method)
@@ -157,7 +157,7 @@ def test_adapters_come_and_go(way, method):
 
 
 def small():
-    """One that is compiled in a few seconds."""
+    """A model that is compiled in a few seconds."""
     torch.manual_seed(0)
     text = {"model_type": "llama", **TEXT, "num_hidden_layers": 2}
     config = transformers.LlavaConfig(
@@ -172,7 +172,7 @@ def small():
     ids=["wrapper", "inside", "in place", "lora"],
 )
 def test_compiled(way, method):
-    """Code that was compiled before does not outlive patch(), nor remove(), also where the model inside is patched."""
+    """Code compiled before patch() or remove() is not used after it, also if the inner model is patched."""
     torch.compiler.reset()
     model, inputs = small()
     inner = lora(model) if way == "lora" else model
@@ -189,7 +189,7 @@ def test_compiled(way, method):
 
 
 def test_adapters_that_write_prompts():
-    """Prefix and prompt tuning bring tokens of their own: an answer that is pruned, or a refusal."""
+    """Prefix and prompt tuning add tokens: the request is pruned, or refused."""
     import peft
 
     for config in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
@@ -208,11 +208,11 @@ def test_adapters_that_write_prompts():
             assert kept(handle) == 8
 
 
-# Overrides of the owner
+# Overrides by users
 
 
-def own(module, name, calls):
-    """An override as owners write them."""
+def user_override(module, name, calls):
+    """An override as users write them."""
     inner = getattr(module, name)
 
     @functools.wraps(inner)
@@ -238,13 +238,13 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @every_kind
 @every_place
 def test_override_set_before(place, method):
-    """Called while patched and after remove(); every attribute of every module is then what it was."""
+    """Called while patched and after remove(), which restores every attribute of every module."""
     model, inputs = llava()
     ask(model, inputs)
     module, name = place(model)
     with patch(model, method):
         want = ask(model, inputs)
-    override = own(module, name, calls := [])
+    override = user_override(module, name, calls := [])
     setattr(module, name, override)
     before = traces(model)
     with patch(model, method) as handle:
@@ -263,34 +263,34 @@ def test_override_set_before(place, method):
 @every_kind
 @every_place
 def test_override_set_while_patched(place, method):
-    """It stays when the patch goes, and the model is then plain."""
+    """It stays after remove(), and the model is then unpruned."""
     model, inputs = llava()
     plain = ask(model, inputs)
     module, name = place(model)
     handle = patch(model, method)
     want = ask(model, inputs)
-    override = own(module, name, calls := [])
+    override = user_override(module, name, calls := [])
     setattr(module, name, override)
     if not (place is PLACES["attention"] and method is QUERY):
         assert same(ask(model, inputs), want) and calls
     handle.remove()
     calls.clear()
     assert vars(module)[name] is override and same(ask(model, inputs), plain) and calls
-    with patch(model, PROJECTOR) as again:  # and once more on top
+    with patch(model, PROJECTOR) as again:  # a second patch on top
         assert not same(ask(model, inputs), plain) and kept(again) == 8
     assert vars(module)[name] is override and same(ask(model, inputs), plain)
 
 
 @every_place
 @pytest.mark.parametrize("way", ["delete", "put back", "class"])
-def test_override_taken_away_while_patched(place, way):
-    """By its owner, in whichever way: it does not come back with remove(); until then requests are pruned, or refused,
-    or their owner is warned."""
+def test_override_removed_while_patched(place, way):
+    """An override removed by the user, in any way, does not come back with remove(); until then requests are pruned,
+    refused, or cause a warning."""
     model, inputs = llava()
     plain, before = ask(model, inputs), traces(model)
     module, name = place(model)
     inner = getattr(module, name)
-    setattr(module, name, own(module, name, calls := []))
+    setattr(module, name, user_override(module, name, calls := []))
     with patch(model, methods.DivPrune(keep=0.5)) as handle, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         want = ask(model, inputs)
@@ -301,7 +301,9 @@ def test_override_taken_away_while_patched(place, way):
         calls.clear()
         with contextlib.suppress(UnsupportedError):
             got = ask(model, inputs)
-            assert same(got, want) or (same(got, plain) and any("was not pruned" in str(own.message) for own in caught))
+            assert same(got, want) or (
+                same(got, plain) and any("was not pruned" in str(warning.message) for warning in caught)
+            )
         assert not calls and handle.stats
     assert same(ask(model, inputs), plain) and not calls
     if way == "delete":
@@ -311,14 +313,14 @@ def test_override_taken_away_while_patched(place, way):
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "llava_onevision"])
 @pytest.mark.parametrize("name", ["get_image_features", "get_video_features", "forward"])
 def test_override_of_an_encoder(family, name):
-    """In every family; prepare() calls it too and leaves it."""
+    """In every family; prepare() calls it too and does not change it."""
     model, image = model_of(family)
     base = model.model
     if not hasattr(base, name):
         return
     inputs = prompts(image, [[3, "video", 5]] if name == "get_video_features" else [[3, "image", 5]])
     ask(model, inputs, steps=1)
-    override = own(base, name, calls := [])
+    override = user_override(base, name, calls := [])
     setattr(base, name, override)
     before = traces(model)
     with patch(model, LAYER) as handle:
@@ -342,8 +344,8 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
-def blind(model):
-    """A model whose projector gives nothing."""
+def zero_projector(model):
+    """Set the projector's weights to 0."""
     for parameter in find_model("test", model).model.multi_modal_projector.parameters():
         parameter.data.zero_()
 
@@ -352,7 +354,7 @@ def blind(model):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @every_kind
 def test_copy(duplicate, method, wrap):
-    """Pruned by a handle of its own, with its own weights; neither's remove() touches the other."""
+    """A copy has its own handle and weights; remove() of one does not change the other."""
     model, inputs = llava()
     twin = wrap(llava()[0])
     plain = ask(twin, inputs)
@@ -366,7 +368,7 @@ def test_copy(duplicate, method, wrap):
     assert same(ask(other, inputs), want) and not handle.stats and kept(real._pruneops) is not None
     assert same(ask(wrapped, inputs), want) and len(real._pruneops.stats) == 1
     third, fourth = copy.deepcopy(other), copy.deepcopy(other)
-    blind(third)
+    zero_projector(third)
     assert not same(ask(third, inputs), want) and same(ask(wrapped, inputs), want)
     real._pruneops.remove()
     assert same(ask(other, inputs), plain) and same(ask(wrapped, inputs), want) and same(ask(fourth, inputs), want)
@@ -382,7 +384,7 @@ def test_copy(duplicate, method, wrap):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @every_kind
 def test_copy_of_the_base(duplicate, method):
-    """The base model alone, and a copy after remove(), which is plain and holds nothing of ours."""
+    """The base model alone, and a copy after remove(), which has no trace of the patch."""
     model, inputs = llava()
     handle = patch(model, method)
     other, clean = duplicate(model.model), llava()[0]
@@ -401,7 +403,7 @@ def test_copy_of_the_base(duplicate, method):
 
 @pytest.mark.parametrize("wrap", [torch.compile, Delegate, torch.nn.DataParallel])
 def test_patched_through_a_wrapper_then_pickled(wrap):
-    """What can be pickled unpatched can be patched, though the wrapper could not be."""
+    """A patched model can be pickled if it can unpatched, even if its wrapper cannot."""
     model, inputs = llava()
     with patch(wrap(model), PROJECTOR):
         other = pickled(model)
@@ -409,9 +411,9 @@ def test_patched_through_a_wrapper_then_pickled(wrap):
 
 
 def test_after_a_generation():
-    """transformers leaves hooks that cannot be pickled; a patch makes no difference to what can be copied."""
+    """transformers leaves hooks that cannot be pickled; a patch does not change what can be copied."""
 
-    def fate(act, model):
+    def outcome(act, model):
         try:
             return bool(act(model))
         except Exception as error:
@@ -420,27 +422,27 @@ def test_after_a_generation():
     for act in (pickled, copy.deepcopy):
         model, inputs = llava()
         ask(model, inputs)
-        want = fate(act, model)
+        want = outcome(act, model)
         with patch(model, QUERY):
             ask(model, inputs)
-            assert fate(act, model) == want
+            assert outcome(act, model) == want
 
 
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @every_kind
 def test_prefix_reuse(family, method, texts):
-    """Two continuations of one cache, each on a copy, are those of two caches of their own."""
+    """Two continuations on copies of one cache equal those on two separate caches."""
     model, image = model_of(family)
     inputs = prompts(image, TEXTS[texts])
     with patch(model, method):
         runs = [generate(model, inputs) for _ in range(2)]
-        words = [[7, 8, 9], [17, 18]]
+        turns = [[7, 8, 9], [17, 18]]
         want = [
-            ask(model, turn(inputs, run, own), past_key_values=run.past_key_values) for run, own in zip(runs, words)
+            ask(model, turn(inputs, run, new), past_key_values=run.past_key_values) for run, new in zip(runs, turns)
         ]
         prefix = generate(model, inputs)
         for _ in range(2):
-            for own, truth in zip(words, want):
+            for new, truth in zip(turns, want):
                 cache = copy.deepcopy(prefix.past_key_values)
-                assert same(ask(model, turn(inputs, prefix, own), past_key_values=cache), truth)
+                assert same(ask(model, turn(inputs, prefix, new), past_key_values=cache), truth)

@@ -1,7 +1,7 @@
-"""The CUDA kernels, run on emulated threads (runtime.h) and compared with the reference.
+"""Runs the CUDA kernels on emulated threads (runtime.h) and compares them with the reference.
 
-What this shows: indexing, tails, barriers, meetings of blocks, arithmetic order. What it cannot: memory ordering
-between real threads, timing, and the compiler's code; those are for `make gpu`.
+Covers indexing, tails, block and cluster barriers, order of arithmetic. Does not cover memory ordering between real
+threads, timing and compiled code; `make gpu` does.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ by_dtype = pytest.mark.parametrize("dtype", ELEMENTS, ids=lambda d: str(d).remov
 
 
 def compile_kernels(op, folder):
-    """The function of `<op>.cpp` that takes a pointer to its `Call`."""
+    """Compile `<op>.cpp`; returns its entry point, which takes a pointer to its `Call`."""
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w"]
     target = folder / f"{op}.so"
     command = [os.environ.get("CXX", "g++"), *flags, f"-I{HERE.parents[1] / 'csrc'}", HERE / f"{op}.cpp", "-o", target]
@@ -39,5 +39,5 @@ def pointer(tensor):
 
 
 def strides(tensor):
-    """Of the first two dimensions."""
+    """The strides of the first two dimensions, 0 for None."""
     return (INT * 2)(*((0, 0) if tensor is None else tensor.stride()[:2]))

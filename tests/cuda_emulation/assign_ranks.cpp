@@ -5,11 +5,11 @@
 #include "cuda/assign_ranks.cuh"
 
 using namespace pruneops;
-using emulation::Scratch;
+using emulation::GuardedBuffer;
 
 struct Call {
   const void* logits;
-  int64_t batch, tokens, classes, stride[2], ranks, bytes;  // of shared memory
+  int64_t batch, tokens, classes, stride[2], ranks, shared_bytes;
   int64_t* out;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
   int32_t backwards;
@@ -17,13 +17,13 @@ struct Call {
 
 template <class T>
 void run(const Call& c) {
-  AssignRanks<T> p{static_cast<const T*>(c.logits), {c.stride[0], c.stride[1]}, c.out};
+  AssignRanksParams<T> p{static_cast<const T*>(c.logits), {c.stride[0], c.stride[1]}, c.out};
   p.tokens = c.tokens;
   p.classes = c.classes;
   p.ranks = c.ranks;
-  plan(p, c.bytes);
+  plan(p, c.shared_bytes);
   const bool tiled = p.tile < p.tokens;
-  Scratch scores(tiled ? 4 * c.batch * c.ranks * c.tokens : 0), owner(tiled ? 4 * c.batch * c.tokens : 0);
+  GuardedBuffer scores(tiled ? 4 * c.batch * c.ranks * c.tokens : 0), owner(tiled ? 4 * c.batch * c.tokens : 0);
   if (tiled) {
     p.scores = scores;
     p.owner = owner;

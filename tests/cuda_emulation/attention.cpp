@@ -1,5 +1,5 @@
-// Runs the kernels of csrc/cuda/attention.cuh on emulated threads, launched as attention_mass.cu and
-// attention_received.cu do.
+// Runs the kernels of csrc/cuda/attention.cuh on emulated threads, with the launches of attention_mass.cu and
+// attention_received.cu.
 
 #include "runtime.h"
 
@@ -7,7 +7,7 @@
 
 using namespace pruneops;
 
-struct Side {
+struct GroupArg {
   const void* data;
   int64_t stride[2], bytes;
 };
@@ -16,24 +16,24 @@ struct Call {
   int64_t query_stride[3], key_stride[3];
   const float* lse;
   int64_t lse_stride[3];
-  Side query_group, key_group;
-  int64_t batch, heads, key_heads, queries, keys, width, groups;
-  float *mass, *found, *received;  // received: null for mass
+  GroupArg query_group, key_group;
+  int64_t batch, heads, key_heads, queries, keys, head_dim, groups;
+  float *mass, *lse_out, *received;  // received: null for mass
   float scale;
   int32_t causal, element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t clusters;         // whether there are any
-  int32_t splits;           // of the keys, instead of those planned; 0: as planned
-  int32_t backwards;
-  int32_t launches;  // result
+  int32_t clusters;         // whether the GPU has clusters
+  int32_t splits;           // of the keys; 0: as planned
+  int32_t backwards;        // the last thread of the last block runs first
+  int32_t launches;         // output: number of launches
 };
 
 template <class T>
 void run(Call& c) {
   const auto aligned = [&](const void* data, const int64_t (&stride)[3]) {
-    const int64_t all = stride[0] | stride[1] | stride[2] | c.width;
+    const int64_t all = stride[0] | stride[1] | stride[2] | c.head_dim;
     return (reinterpret_cast<uintptr_t>(data) | all * sizeof(T)) % 16 == 0;
   };
-  Attention<T> p{static_cast<const T*>(c.query), static_cast<const T*>(c.key)};
+  AttentionParams<T> p{static_cast<const T*>(c.query), static_cast<const T*>(c.key)};
   p.query_aligned = aligned(c.query, c.query_stride);
   p.key_aligned = aligned(c.key, c.key_stride);
   p.lse = c.lse;
@@ -46,11 +46,11 @@ void run(Call& c) {
   p.key_group = {c.key_group.data, {c.key_group.stride[0], c.key_group.stride[1]}, int(c.key_group.bytes)};
   p.scale = c.scale, p.causal = c.causal;
   p.key_heads = c.key_heads, p.ratio = c.heads / c.key_heads, p.queries = c.queries, p.keys = c.keys;
-  p.width = c.width, p.groups = c.groups;
-  p.mass = c.mass, p.found = c.found, p.received = c.received;
+  p.head_dim = c.head_dim, p.groups = c.groups;
+  p.mass = c.mass, p.lse_out = c.lse_out, p.received = c.received;
 
   const auto override_splits = [&] {
-    if (c.splits) p.splits = c.splits, share_keys(p);
+    if (c.splits) p.splits = c.splits, set_keys_per_split(p);
   };
   const auto launch = [&](int64_t blocks, size_t bytes, int cluster, auto kernel) {
     ++c.launches;
@@ -71,13 +71,13 @@ void run(Call& c) {
     if (c.clusters) override_splits();
     return sums();
   }
-  if (c.received && plan_received_alone(p, c.clusters)) {
+  if (c.received && plan_received_fused(p, c.clusters)) {
     if (c.clusters) override_splits();
     return received(p.splits);
   }
   if (c.received) plan_sums(p, false);
   override_splits();
-  emulation::Scratch memory(4 * p.state_floats(c.batch));
+  emulation::GuardedBuffer memory(4 * p.state_floats(c.batch));
   if (!c.received) {
     p.states = memory;
     sums();

@@ -3,5 +3,5 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def same_inputs_every_time():
+def fixed_seed():
     torch.manual_seed(0)

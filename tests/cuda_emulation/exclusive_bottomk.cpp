@@ -5,34 +5,36 @@
 #include "cuda/exclusive_bottomk.cuh"
 
 using namespace pruneops;
-using emulation::Scratch;
+using emulation::GuardedBuffer;
 
 struct Call {
   const void* scores;
   int64_t batch, rows, tokens, stride[2];
-  const bool* flags;
-  int64_t flags_stride[2];
+  const bool* mask;
+  int64_t mask_stride[2];
   const int64_t* quotas;
   int64_t* out;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t taken, blocks, backwards;
+  int32_t excluded_value, cluster_blocks, backwards;
 };
 
 template <class T>
 void run(const Call& c) {
-  Bottomk<T> p{static_cast<const T*>(c.scores), {c.stride[0], c.stride[1]}};
-  p.flags = {c.flags, {c.flags_stride[0], c.flags_stride[1]}};
-  p.taken = c.taken;
+  BottomkParams<T> p{static_cast<const T*>(c.scores), {c.stride[0], c.stride[1]}};
+  p.mask = {c.mask, {c.mask_stride[0], c.mask_stride[1]}};
+  p.excluded_value = c.excluded_value;
   p.tokens = c.tokens;
   p.rows = c.rows;
   p.out = c.out;
-  const bool listed = plan(p, c.quotas) && c.blocks > 0;
-  p.blocks = listed ? c.blocks : 1;
-  Scratch lists(listed ? 4 * c.batch * p.list[p.rows] : 0), used(listed ? 0 : 4 * c.batch * ((c.tokens + 31) / 32));
+  const bool use_lists = plan(p, c.quotas) && c.cluster_blocks > 0;
+  p.cluster_blocks = use_lists ? c.cluster_blocks : 1;
+  GuardedBuffer lists(use_lists ? 4 * c.batch * p.list_offset[p.rows] : 0);
+  GuardedBuffer taken(use_lists ? 0 : 4 * c.batch * ((c.tokens + 31) / 32));
   p.lists = lists;
-  p.used = used;
-  const auto kernel = listed ? exclusive_bottomk_select<T, true> : exclusive_bottomk_select<T, false>;
-  emulation::run(c.batch * p.blocks, kSelectThreads, sizeof(BottomkShared), c.backwards, [&] { kernel(p); }, p.blocks);
+  p.taken = taken;
+  const auto kernel = use_lists ? exclusive_bottomk_select<T, true> : exclusive_bottomk_select<T, false>;
+  emulation::run(c.batch * p.cluster_blocks, kSelectThreads, sizeof(BottomkShared), c.backwards, [&] { kernel(p); },
+                 p.cluster_blocks);
 }
 
 extern "C" void exclusive_bottomk(const Call* call) {

@@ -5,7 +5,7 @@
 #include "cuda/kcenter.cuh"
 
 using namespace pruneops;
-using emulation::Scratch;
+using emulation::GuardedBuffer;
 
 struct Call {
   const void* x;
@@ -20,7 +20,7 @@ struct Call {
   int64_t* indices;
   float* radii;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t cosine, lazy, teams, blocks, candidates, backwards;
+  int32_t cosine, rounds, groups, blocks, candidates, backwards;
 };
 
 template <class T>
@@ -28,35 +28,35 @@ void run(const Call& c) {
   const int64_t strides = (c.row_stride | c.batch_stride) * sizeof(T);
   const bool aligned = (reinterpret_cast<uintptr_t>(c.x) | strides) % 16 == 0;
   const Tokens<T> x{static_cast<const T*>(c.x), c.batch_stride, c.row_stride, int(c.width), aligned};
-  const Companions given{c.seeds, {c.seeds_stride[0], c.seeds_stride[1]}, c.seeds_count,
-                         c.mask,  {c.mask_stride[0], c.mask_stride[1]}};
+  const SeedsAndMask given{c.seeds, {c.seeds_stride[0], c.seeds_stride[1]}, c.seeds_count,
+                           c.mask,  {c.mask_stride[0], c.mask_stride[1]}};
   const Output out{c.indices, c.radii, bool(c.cosine)};
   const auto launch = [&](int blocks, int threads, size_t shared, auto kernel, auto&&... arguments) {
     emulation::run(blocks, threads, shared, c.backwards, [&] { kernel(arguments...); });
   };
-  const size_t all = (c.cu_seqlens ? 1 : c.batch) * c.tokens;
-  Scratch norms(4 * all);
-  if (!c.lazy) {
+  const size_t total_tokens = (c.cu_seqlens ? 1 : c.batch) * c.tokens;
+  GuardedBuffer norm_factors(4 * total_tokens);
+  if (!c.rounds) {
     const int n = c.tokens, pitch = (n + 3) / 4 * 4, side = (n + kTile - 1) / kTile;
-    Scratch gram(4 * all * pitch);
-    launch(2, kThreads, 0, kcenter_norms<T>, x, c.batch, n, norms, gram, pitch, out.cosine);
+    GuardedBuffer gram(4 * total_tokens * pitch);
+    launch(2, kThreads, 0, kcenter_norm_factors<T>, x, c.batch, n, norm_factors, gram, pitch, out.cosine);
     launch(c.batch * side * (side + 1) / 2, kThreads, kPipelineBytes,
-           x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, n, norms, gram, pitch, out.cosine);
-    launch(c.batch, (n + 127) / 128 * 32, kGreedyBytes, kcenter_greedy, gram, pitch, norms, n, c.k, given, out);
+           x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, n, norm_factors, gram, pitch, out.cosine);
+    launch(c.batch, (n + 127) / 128 * 32, kGreedyBytes, kcenter_greedy, gram, pitch, norm_factors, n, c.k, given, out);
     return;
   }
-  Scratch nearest(4 * all), products(size_t(4) * c.teams * c.candidates * c.candidates);
-  std::vector<unsigned> arrivals(c.teams * kTeamPitch, 0);
-  Lazy<T> p{x, given, out, c.cu_seqlens, c.tokens, c.batch, c.k};
+  GuardedBuffer nearest(4 * total_tokens), gram(size_t(4) * c.groups * c.candidates * c.candidates);
+  std::vector<unsigned> arrivals(c.groups * kBarrierPitch, 0);
+  RoundsParams<T> p{x, given, out, c.cu_seqlens, c.tokens, c.batch, c.k};
   if (c.cu_seqlens) std::copy(c.offsets, c.offsets + c.batch + 1, p.offsets);
   p.nearest = nearest;
-  p.norms = norms;
-  p.products = products;
+  p.norm_factors = norm_factors;
+  p.gram = gram;
   p.arrivals = arrivals.data();
-  p.teams = c.teams;
+  p.groups = c.groups;
   p.blocks = c.blocks;
-  p.candidates = c.candidates;
-  launch(c.teams * c.blocks, kThreads, sizeof(LazyShared), kcenter_lazy<T>, p);
+  p.max_candidates = c.candidates;
+  launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared), kcenter_rounds<T>, p);
 }
 
 extern "C" void kcenter(const Call* call) {

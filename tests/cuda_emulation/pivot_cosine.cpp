@@ -41,7 +41,7 @@ void run(const Call& c) {
 
 template <class T>
 void run(const Call& c) {
-  (c.tiles == 1 ? run<T, 1, 1> : c.groups == 1 ? run<T, 2, 1> : run<T, 2, kMostGroups<T>>)(c);
+  (c.tiles == 1 ? run<T, 1, 1> : c.groups == 1 ? run<T, 2, 1> : run<T, 2, kMaxPivotGroups<T>>)(c);
 }
 
 extern "C" void pivot_cosine(const Call* call) {

@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime language on a CPU: every thread of every block is a fiber, all blocks are
-// co-resident, shared memory begins as NaN, and a state in which nobody can go on is an error.
+// Emulates CUDA C++ on a CPU: every thread of every block is a fiber, all blocks are co-resident, shared memory is
+// initialised to NaN, and a deadlock is an error.
 
 #pragma once
 
@@ -34,20 +34,20 @@ namespace emulation {
 
 constexpr int kFiberBytes = 64 * 1024, kGuardBytes = 4096;
 
-// Threads that meet. All have arrived when `generation` grows.
-struct Meeting {
+// `generation` grows when all `size` threads have arrived.
+struct Barrier {
   unsigned size, arrived = 0, generation = 0, sum = 0, last_sum = 0;
 };
 struct Warp {
-  Meeting meeting;
-  int tag[2];                  // what kind of meeting: lanes must agree
-  unsigned char slot[2][32][64];  // one value a lane; meetings alternate between the two
+  Barrier barrier;
+  int tag[2];                     // instruction of each exchange; all lanes must agree
+  unsigned char slot[2][32][64];  // one value per lane, double-buffered
 };
 struct Block {
   std::vector<unsigned char> shared;
-  Meeting meeting;
-  Meeting* cluster;  // of the threads of all its blocks; null if it is one block
-  unsigned rank;     // in its cluster
+  Barrier barrier;
+  Barrier* cluster;  // of all threads of the cluster; null for a cluster of one block
+  unsigned rank;     // in the cluster
   std::vector<Warp> warps;
 };
 struct Copy {
@@ -58,14 +58,14 @@ struct Copy {
 struct Fiber {
   dim thread, block_index;
   Block* block;
-  const unsigned* word = nullptr;  // waits for *word to differ from `seen`
+  const unsigned* word = nullptr;  // the fiber waits until *word differs from `seen`
   unsigned seen;
   unsigned cluster_generation;
   bool started = false, done = false;
   ucontext_t context;
   jmp_buf state;
   std::unique_ptr<char[]> stack;
-  std::deque<std::vector<Copy>> copies{{}};  // asynchronous, by group; the last is open
+  std::deque<std::vector<Copy>> copies{{}};  // cp.async groups; the last is not committed
 };
 
 inline Fiber* current;
@@ -85,32 +85,32 @@ inline void wait_for_change(const unsigned* word, unsigned seen) {
   current->word = nullptr;
 }
 
-// Returns the generation in which it arrives.
-inline unsigned arrive(Meeting& m, unsigned value = 0) {
-  const unsigned generation = m.generation;
-  m.sum += value;
-  if (++m.arrived == m.size) {
-    m.last_sum = m.sum;
-    m.arrived = m.sum = 0;
-    ++m.generation;
+// Returns the generation that the thread arrives in.
+inline unsigned arrive(Barrier& barrier, unsigned value = 0) {
+  const unsigned generation = barrier.generation;
+  barrier.sum += value;
+  if (++barrier.arrived == barrier.size) {
+    barrier.last_sum = barrier.sum;
+    barrier.arrived = barrier.sum = 0;
+    ++barrier.generation;
   }
   return generation;
 }
-inline unsigned meet(Meeting& m, unsigned value = 0) {
-  wait_for_change(&m.generation, arrive(m, value));
-  return m.last_sum;
+inline unsigned arrive_and_wait(Barrier& barrier, unsigned value = 0) {
+  wait_for_change(&barrier.generation, arrive(barrier, value));
+  return barrier.last_sum;
 }
 
-// Every lane gives a value and gets those of all 32.
+// Exchanges one value per lane; returns those of all 32.
 template <class V>
 const unsigned char (*exchange(int tag, const V& mine))[64] {
   static_assert(sizeof(V) <= 64);
   Warp& warp = current->block->warps[current->thread.x / 32];
-  const unsigned parity = warp.meeting.generation % 2;
-  if (warp.meeting.arrived == 0) warp.tag[parity] = tag;
-  if (warp.tag[parity] != tag) fail("lanes of a warp met in different instructions");
+  const unsigned parity = warp.barrier.generation % 2;
+  if (warp.barrier.arrived == 0) warp.tag[parity] = tag;
+  if (warp.tag[parity] != tag) fail("lanes of a warp exchange in different instructions");
   memcpy(warp.slot[parity][current->thread.x % 32], &mine, sizeof mine);
-  meet(warp.meeting);
+  arrive_and_wait(warp.barrier);
   return warp.slot[parity];
 }
 template <class V>
@@ -139,22 +139,22 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
-// Launches a kernel; `backwards` lets the last thread of the last block go first.
+// Launches a kernel; `backwards` runs the last thread of the last block first.
 inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool backwards, std::function<void()> kernel,
                 unsigned cluster = 1) {
   body = std::move(kernel);
   block_size.x = threads;
   grid_size.x = blocks;
   std::vector<Block> all(blocks);
-  std::vector<Meeting> clusters(blocks / cluster, Meeting{threads * cluster});
+  std::vector<Barrier> clusters(blocks / cluster, Barrier{threads * cluster});
   std::vector<Fiber> fibers(blocks * threads);
   for (unsigned b = 0; b < blocks; ++b) {
     all[b].shared.assign(shared_bytes + kGuardBytes, 0xff);
-    all[b].meeting.size = threads;
+    all[b].barrier.size = threads;
     all[b].cluster = cluster > 1 ? &clusters[b / cluster] : nullptr;
     all[b].rank = b % cluster;
     all[b].warps.resize(threads / 32);
-    for (auto& warp : all[b].warps) warp.meeting.size = 32;
+    for (auto& warp : all[b].warps) warp.barrier.size = 32;
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[b * threads + t];
       fiber.thread.x = t;
@@ -163,10 +163,10 @@ inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool bac
       fiber.stack.reset(new char[kFiberBytes]);
     }
   }
-  // As unfair as can be: a warp goes on until it is stuck, then others of its block, then other blocks.
+  // The least fair schedule: a warp runs until it waits, then other warps of its block, then other blocks.
   size_t left = fibers.size();
   const auto advance = [&](auto&& self, size_t first, size_t size) -> bool {
-    bool moved = false;
+    bool progress = false;
     if (size == 1) {
       Fiber& fiber = fibers[first];
       if (fiber.done || (fiber.word && *fiber.word == fiber.seen)) return false;
@@ -176,8 +176,8 @@ inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool bac
     }
     const size_t part = size > threads ? threads : size > 32 ? 32 : 1;
     for (size_t i = 0; i < size; i += part)
-      while (self(self, first + (backwards ? size - part - i : i), part)) moved = true;
-    return moved;
+      while (self(self, first + (backwards ? size - part - i : i), part)) progress = true;
+    return progress;
   };
   while (left > 0)
     if (!advance(advance, 0, fibers.size())) fail("deadlock");
@@ -186,13 +186,13 @@ inline void run(unsigned blocks, unsigned threads, size_t shared_bytes, bool bac
       if (block.shared[i] != 0xff) fail("wrote past the end of shared memory");
 }
 
-// Memory that holds NaN, or as integers large numbers, between guards that must stay as they are.
-class Scratch {
+// Memory poisoned with NaN (large numbers as integers), between guard regions that must stay unchanged.
+class GuardedBuffer {
  public:
-  explicit Scratch(size_t bytes) : memory(bytes / 2 + 2 * kGuard, kPoison) {}
-  ~Scratch() {
+  explicit GuardedBuffer(size_t bytes) : memory(bytes / 2 + 2 * kGuard, kPoison) {}
+  ~GuardedBuffer() {
     for (size_t i = 0; i < kGuard; ++i)
-      if (memory[i] != kPoison || memory[memory.size() - 1 - i] != kPoison) fail("wrote outside its memory");
+      if (memory[i] != kPoison || memory[memory.size() - 1 - i] != kPoison) fail("wrote outside the buffer");
   }
   template <class V>
   operator V*() { return reinterpret_cast<V*>(memory.data() + kGuard); }
@@ -213,8 +213,8 @@ class Scratch {
 using std::max;
 using std::min;
 
-inline void __syncthreads() { emulation::meet(emulation::current->block->meeting); }
-inline int __syncthreads_count(bool v) { return emulation::meet(emulation::current->block->meeting, v); }
+inline void __syncthreads() { emulation::arrive_and_wait(emulation::current->block->barrier); }
+inline int __syncthreads_count(bool v) { return emulation::arrive_and_wait(emulation::current->block->barrier, v); }
 inline void __syncwarp() { emulation::exchange(0, 0); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
 inline void atomicOr(unsigned* p, unsigned v) { *p |= v; }
@@ -264,15 +264,15 @@ float value_of(unsigned bits) {
   return bits_as<float>(sizeof(T) == 2 ? bits << 16 : bits);
 }
 
-// Copies land as late as they may: when they are waited for.
-inline void copy16_async(void* to, const void* from, int bytes) {
-  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulation::fail("copy16_async: address not aligned to 16 bytes");
-  if (bytes < 0 || bytes > 16) emulation::fail("copy16_async: bytes out of range");
+// Asynchronous copies are performed as late as allowed: when they are waited for.
+inline void cp_async_16(void* to, const void* from, int bytes) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulation::fail("cp_async_16: address not aligned to 16 bytes");
+  if (bytes < 0 || bytes > 16) emulation::fail("cp_async_16: bytes out of range");
   emulation::current->copies.back().push_back({to, from, bytes});
 }
-inline void commit_copies() { emulation::current->copies.emplace_back(); }
+inline void cp_async_commit() { emulation::current->copies.emplace_back(); }
 template <int PENDING>
-void wait_copies() {
+void cp_async_wait() {
   auto& copies = emulation::current->copies;
   for (; copies.size() > PENDING + 1; copies.pop_front()) {
     for (const auto& copy : copies.front()) {
@@ -282,8 +282,8 @@ void wait_copies() {
   }
 }
 
-inline void load_matrices(unsigned (&r)[4], const void* row) {
-  if (uintptr_t(row) % 16) emulation::fail("load_matrices: address not aligned to 16 bytes");
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+  if (uintptr_t(row) % 16) emulation::fail("ldmatrix_x4: address not aligned to 16 bytes");
   const auto slots = emulation::exchange(4, row);
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i)
@@ -291,7 +291,7 @@ inline void load_matrices(unsigned (&r)[4], const void* row) {
 }
 
 template <class T>
-void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Fragment { T a[4][2], b[2][2]; } mine;
   memcpy(mine.a, a, sizeof mine.a);
   memcpy(mine.b[0], &b0, 4);
@@ -322,12 +322,12 @@ inline unsigned warp_sum(unsigned v) {
   return v;
 }
 
-// A cluster of one block does not meet, as before compute capability 9.0.
+// No-ops for a cluster of one block, as before compute capability 9.0.
 inline void cluster_arrive() {
   auto& fiber = *emulation::current;
   if (fiber.block->cluster) fiber.cluster_generation = emulation::arrive(*fiber.block->cluster);
 }
-inline void cluster_arrive_first() { cluster_arrive(); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   auto& fiber = *emulation::current;
   if (fiber.block->cluster) emulation::wait_for_change(&fiber.block->cluster->generation, fiber.cluster_generation);
@@ -335,13 +335,13 @@ inline void cluster_wait() {
 
 template <class V>
 V* cluster_peer(V* place, unsigned block) {
-  auto& own = *emulation::current->block;
-  if (block > own.rank && !own.cluster) emulation::fail("cluster_peer: no such block");
-  auto& peer = *(&own - own.rank + block);
-  if (peer.cluster != own.cluster) emulation::fail("cluster_peer: of another cluster");
-  if (own.cluster && own.cluster->generation == 0) emulation::fail("cluster_peer: the block may not have begun");
-  const auto offset = reinterpret_cast<unsigned char*>(place) - own.shared.data();
-  if (offset < 0 || offset >= int64_t(own.shared.size())) emulation::fail("cluster_peer: not in shared memory");
+  auto& self = *emulation::current->block;
+  if (block > self.rank && !self.cluster) emulation::fail("cluster_peer: no such block");
+  auto& peer = *(&self - self.rank + block);
+  if (peer.cluster != self.cluster) emulation::fail("cluster_peer: block of another cluster");
+  if (self.cluster && self.cluster->generation == 0) emulation::fail("cluster_peer: the block may not have started");
+  const auto offset = reinterpret_cast<unsigned char*>(place) - self.shared.data();
+  if (offset < 0 || offset >= int64_t(self.shared.size())) emulation::fail("cluster_peer: not in shared memory");
   return reinterpret_cast<V*>(peer.shared.data() + offset);
 }
 

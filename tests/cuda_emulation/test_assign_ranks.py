@@ -13,7 +13,7 @@ pytestmark = needs_compiler
 class Call(ctypes.Structure):
     _fields_ = (
         *(("logits", POINTER), ("batch", INT), ("tokens", INT), ("classes", INT), ("stride", INT * 2)),
-        *(("ranks", INT), ("bytes", INT), ("out", POINTER), ("element", INT32), ("backwards", INT32)),
+        *(("ranks", INT), ("shared_bytes", INT), ("out", POINTER), ("element", INT32), ("backwards", INT32)),
     )
 
 
@@ -24,7 +24,7 @@ def kernel(tmp_path_factory):
 
 @pytest.fixture
 def emulate(kernel):
-    """assign_ranks into a poisoned output, with so much shared memory."""
+    """assign_ranks into a poisoned output, with `kilobytes` of shared memory."""
 
     def run(logits, j, *, kilobytes=99, backwards=False):
         out = torch.full((logits.shape[0], j), -77)
@@ -35,7 +35,7 @@ def emulate(kernel):
             classes=logits.shape[2],
             stride=strides(logits),
             ranks=j,
-            bytes=kilobytes * 1024,
+            shared_bytes=kilobytes * 1024,
             out=pointer(out),
             element=ELEMENTS.index(logits.dtype),
             backwards=backwards,
@@ -46,49 +46,49 @@ def emulate(kernel):
     return run
 
 
-FORMS = {"one tile": dict(), "tiles": dict(kilobytes=9), "tiles backwards": dict(kilobytes=20, backwards=True)}
-by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+VARIANTS = {"one tile": dict(), "tiles": dict(kilobytes=9), "tiles backwards": dict(kilobytes=20, backwards=True)}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
-def assert_right(emulate, logits, j, **form):
-    assert torch.equal(emulate(logits, j, **form), reference.assign_ranks(logits, j))
+def assert_equals_reference(emulate, logits, j, **variant):
+    assert torch.equal(emulate(logits, j, **variant), reference.assign_ranks(logits, j))
 
 
-@by_form
+@every_variant
 @by_dtype
 @pytest.mark.parametrize("classes", (2, 32, 33, 65))
-def test_columns_that_want_the_same_tokens(emulate, form, dtype, classes):
-    """Every logit is 0 or -inf: probabilities are 0 or 1 / n, their logarithms of equal bits everywhere."""
+def test_columns_that_prefer_the_same_tokens(emulate, variant, dtype, classes):
+    """Every logit is 0 or -inf: probabilities are 0 or 1 / n, and equal ones have logarithms of equal bits."""
     logits = torch.where(torch.rand(2, 150, classes) < 0.3, 0.0, -torch.inf)
     logits[..., -1] = torch.where(torch.rand(2, 150) < 0.5, 0.0, -torch.inf)
-    assert_right(emulate, logits.to(dtype), min(classes - 1, 64), **form)
+    assert_equals_reference(emulate, logits.to(dtype), min(classes - 1, 64), **variant)
 
 
-@by_form
-def test_real_logits(emulate, form):
-    shared = 3 * torch.randn(3, 200, 1)  # most ranks want the same few tokens
+@every_variant
+def test_real_logits(emulate, variant):
+    shared = 3 * torch.randn(3, 200, 1)  # most ranks prefer the same few tokens
     logits = (shared + torch.randn(3, 200, 33)).mT.contiguous().mT[:, ::2]
     logits = torch.nn.functional.pad(logits, (0, 4))[..., :33]
-    assert_right(emulate, logits, 20, **form)
+    assert_equals_reference(emulate, logits, 20, **variant)
 
 
-@by_form
-def test_specials(emulate, form):
+@every_variant
+def test_specials(emulate, variant):
     logits = torch.randn(2, 90, 9)
     for value in (torch.nan, torch.inf, -torch.inf, 3e38, -3e38):
         logits[torch.rand(logits.shape) < 0.04] = value
-    assert_right(emulate, logits, 8, **form)
+    assert_equals_reference(emulate, logits, 8, **variant)
 
 
-@by_form
-def test_every_token(emulate, form):
-    assert_right(emulate, torch.randn(1, 64, 65), 64, **form)
+@every_variant
+def test_every_token(emulate, variant):
+    assert_equals_reference(emulate, torch.randn(1, 64, 65), 64, **variant)
 
 
-@by_form
-def test_one_token(emulate, form):
-    assert emulate(torch.full((1, 1, 2), torch.nan), 1, **form).tolist() == [[0]]
+@every_variant
+def test_one_token(emulate, variant):
+    assert emulate(torch.full((1, 1, 2), torch.nan), 1, **variant).tolist() == [[0]]
 
 
 def test_more_tokens_than_threads(emulate):
-    assert_right(emulate, torch.randn(1, 2500, 6), 5)
+    assert_equals_reference(emulate, torch.randn(1, 2500, 6), 5)

@@ -6,8 +6,10 @@ import torch
 
 from pruneops import reference
 from tests import contract
-from tests.attention import EDGES, LAYOUTS, attention, counting, ranked, real, runs, spoiled
+from tests.attention import EDGES
 from tests.contract import EPS, assert_same_bits
+from tests.inputs import HEAD_LAYOUTS, counting, poison, ranked, real, runs
+from tests.oracles import attention
 
 from . import ELEMENTS, INT, INT32, POINTER, compile_kernels, needs_compiler, pointer
 
@@ -15,7 +17,7 @@ pytestmark = needs_compiler
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
-class Side(ctypes.Structure):
+class GroupArg(ctypes.Structure):
     _fields_ = (("data", POINTER), ("stride", INT * 2), ("bytes", INT))
 
     def __init__(self, group):
@@ -26,9 +28,9 @@ class Side(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *(("query", POINTER), ("key", POINTER), ("query_stride", INT * 3), ("key_stride", INT * 3)),
-        *(("lse", POINTER), ("lse_stride", INT * 3), ("query_group", Side), ("key_group", Side)),
-        *((name, INT) for name in ("batch", "heads", "key_heads", "queries", "keys", "width", "groups")),
-        *(("mass", POINTER), ("found", POINTER), ("received", POINTER), ("scale", ctypes.c_float)),
+        *(("lse", POINTER), ("lse_stride", INT * 3), ("query_group", GroupArg), ("key_group", GroupArg)),
+        *((name, INT) for name in ("batch", "heads", "key_heads", "queries", "keys", "head_dim", "groups")),
+        *(("mass", POINTER), ("lse_out", POINTER), ("received", POINTER), ("scale", ctypes.c_float)),
         *((name, INT32) for name in ("causal", "element", "clusters", "splits", "backwards", "launches")),
     )
 
@@ -40,7 +42,7 @@ def kernel(tmp_path_factory):
 
 @pytest.fixture
 def emulate(kernel):
-    """attention_mass or, without groups, attention_received. Outputs are poisoned first; `launches`: as many."""
+    """attention_mass or, without groups, attention_received. Outputs are poisoned first. launches: expected number."""
 
     def run(
         query, key, query_group=None, key_group=None, groups=None, *,
@@ -57,11 +59,11 @@ def emulate(kernel):
             key_stride=(INT * 3)(*key.stride()[:3]),
             lse=pointer(lse),
             lse_stride=(INT * 3)(*((0, 0, 0) if lse is None else lse.stride())),
-            query_group=Side(query_group),
-            key_group=Side(key_group),
-            **{"batch": B, "heads": H, "key_heads": key.shape[1], "queries": Sq, "keys": Sk, "width": D},
+            query_group=GroupArg(query_group),
+            key_group=GroupArg(key_group),
+            **{"batch": B, "heads": H, "key_heads": key.shape[1], "queries": Sq, "keys": Sk, "head_dim": D},
             groups=groups or 1,
-            **dict(zip(("received",) if groups is None else ("mass", "found"), map(pointer, outs))),
+            **dict(zip(("received",) if groups is None else ("mass", "lse_out"), map(pointer, outs))),
             scale=D**-0.5 if scale is None else scale,
             causal=causal,
             element=ELEMENTS.index(query.dtype),
@@ -76,17 +78,17 @@ def emulate(kernel):
     return run
 
 
-# Clusters are used where all rows of a key head are one tile.
-FORMS = {
+# Clusters are used if all rows of a key head are one query tile.
+CONFIGS = {
     "clusters": dict(clusters=True),
     "clusters of 3, backwards": dict(clusters=True, splits=3, backwards=True),
     "two launches": dict(),
     "two launches, 3 splits, backwards": dict(splits=3, backwards=True),
 }
-by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
-# (B, H, Hk, Sq, Sk, D): decode, with shared heads, many of them, few queries, a full tile, past it; fewer and more keys
-# than queries; odd widths, wide ones; more keys than a block of attention_received holds.
+# (B, H, Hk, Sq, Sk, D): decode, GQA, large GQA ratio, few queries, one full query tile, more than one; fewer and more
+# keys than queries; odd and large head dims; more keys than a block of attention_received holds.
 SHAPES = [
     (1, 2, 2, 1, 700, 128),
     (2, 14, 2, 1, 203, 64),
@@ -101,22 +103,22 @@ SHAPES = [
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def mass_truth(query, key, query_group, key_group, groups, **options):
-    """(mass, lse) in float64; a group that is none of `groups` counts as -1."""
-    sides = [group.where(group < groups, -1) for group in (query_group, key_group)]
-    probability, lse = attention(query, key, *(side >= 0 for side in sides), **options)
-    own, other = ((side[..., None, :, None] == torch.arange(groups)).double() for side in sides)
-    return own.mT @ probability @ other, lse
+def float64_mass(query, key, query_group, key_group, groups, **options):
+    """(mass, lse) in float64; a group out of range counts as -1."""
+    valid = [group.where(group < groups, -1) for group in (query_group, key_group)]
+    probability, lse = attention(query, key, *(group >= 0 for group in valid), **options)
+    from_group, to_group = ((group[..., None, :, None] == torch.arange(groups)).double() for group in valid)
+    return from_group.mT @ probability @ to_group, lse
 
 
-def received_truth(query, key, query_mask=None, key_mask=None, **options):
+def float64_received(query, key, query_mask=None, key_mask=None, **options):
     masks = ((query, query_mask), (key, key_mask))
     masks = (torch.ones(len(t), t.shape[2], dtype=torch.bool) if m is None else m for t, m in masks)
     return attention(query, key, *masks, **options)[0].sum(-2)
 
 
-def sides(shape, groups=3, seed=0):
-    """(query_group, key_group) in runs, -1 among them; the last query counts."""
+def random_groups(shape, groups=3, seed=0):
+    """(query_group, key_group) in runs, some of them -1; the last query is counted."""
     generator = torch.Generator().manual_seed(seed)
     B, _, _, Sq, Sk, _ = shape
     query_group, key_group = runs((B, Sq), groups, generator), runs((B, Sk), groups, generator)
@@ -124,28 +126,28 @@ def sides(shape, groups=3, seed=0):
     return query_group, key_group
 
 
-def masks(shape, seed=0):
-    return tuple(side >= 0 for side in sides(shape, 3, seed))
+def random_masks(shape, seed=0):
+    return tuple(group >= 0 for group in random_groups(shape, 3, seed))
 
 
-@by_form
+@by_config
 @by_shape
 @pytest.mark.parametrize("kind", (ranked, counting), ids=lambda kind: kind.__name__)
-def test_exact_inputs(emulate, form, shape, kind):
+def test_exact_inputs(emulate, config, shape, kind):
     query, key, options = kind(*shape, torch.Generator().manual_seed(0))
     dtype = ELEMENTS[SHAPES.index(shape) % 3] if shape[4] < 257 or kind is counting else torch.float32
     query, key = query.to(dtype), key.to(dtype)
     for causal, groups in ((True, 5), (False, 8)):
-        args, every = (query, key, *sides(shape, groups), groups), {**options, "causal": causal}
-        mass, lse = emulate(*args, **every, **form)
-        truth, true_lse = mass_truth(*args, **every)
+        args, every = (query, key, *random_groups(shape, groups), groups), {**options, "causal": causal}
+        mass, lse = emulate(*args, **every, **config)
+        truth, true_lse = float64_mass(*args, **every)
         assert_same_bits(mass, truth.float())
         close(lse, options.get("lse", true_lse), rtol=4 * EPS, atol=0)
-        for args in ((query, key), (query, key, *masks(shape))):
-            assert_same_bits(emulate(*args, **every, **form), received_truth(*args, **every).float())
+        for args in ((query, key), (query, key, *random_masks(shape))):
+            assert_same_bits(emulate(*args, **every, **config), float64_received(*args, **every).float())
 
 
-@by_form
+@by_config
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -156,35 +158,35 @@ def test_exact_inputs(emulate, form, shape, kind):
     ],
     ids=str,
 )
-def test_real_values(emulate, form, shape, dtype):
+def test_real_values(emulate, config, shape, dtype):
     """Errors at most twice the reference's; the same bits on every call."""
-    args = query, key, *groups = (*real(*shape, dtype=dtype), *sides(shape))
-    lse = mass_truth(*args, 3)[1].float()
+    args = query, key, *groups = (*real(*shape, dtype=dtype), *random_groups(shape))
+    lse = float64_mass(*args, 3)[1].float()
     for options in ({}, {"causal": False, "scale": 0.3}, {"lse": lse}):
-        truth, allowed = mass_truth(*args, 3, **options), reference.attention_mass(*args, 3, **options)
-        got = emulate(*args, 3, **options, **form)
+        truth, allowed = float64_mass(*args, 3, **options), reference.attention_mass(*args, 3, **options)
+        got = emulate(*args, 3, **options, **config)
         own = {**options, "lse": lse.where(groups[0][:, None] >= 0, 0)} if "lse" in options else options
-        flags = dict(zip(("query_mask", "key_mask"), masks(shape)))
-        received = emulate(query, key, *masks(shape), **own, **form)
-        truth += (received_truth(query, key, **flags, **own),)
+        flags = dict(zip(("query_mask", "key_mask"), random_masks(shape)))
+        received = emulate(query, key, *random_masks(shape), **own, **config)
+        truth += (float64_received(query, key, **flags, **own),)
         allowed += (reference.attention_received(query, key, **flags, **own),)
         for result, other, exact in zip((*got, received), allowed, truth):
             assert torch.equal(result.isfinite(), exact.isfinite())
             error, bound = (float((r - exact).nan_to_num(0).abs().max()) for r in (result, other))
             contract.assert_no_worse(error, bound, float(exact.abs().nan_to_num(posinf=0).max()), ulps=8)
-        assert_same_bits(emulate(*args, 3, **options, **form), got)
-        assert_same_bits(emulate(query, key, *masks(shape), **own, **form), received)
+        assert_same_bits(emulate(*args, 3, **options, **config), got)
+        assert_same_bits(emulate(query, key, *random_masks(shape), **own, **config), received)
 
 
-@by_form
+@by_config
 @pytest.mark.parametrize("given_lse", (False, True))
 @pytest.mark.parametrize("shape", [(2, 4, 2, 1, 90, 16), (2, 4, 2, 9, 50, 16)], ids=str)
-def test_padding_and_strides_change_no_bit(emulate, form, shape, given_lse):
-    """Anything in what does not count; every layout, aligned and not; int32 groups; batch rows alone."""
+def test_padding_and_strides_change_no_bit(emulate, config, shape, given_lse):
+    """Poisoned padding; every layout, aligned and not; int32 groups; batch rows alone."""
     query, key = real(*shape)
-    groups = query_group, key_group = sides(shape)
-    lse = mass_truth(query, key, *groups, 3)[1].float() if given_lse else None
-    answer = functools.partial(emulate, **form)
+    groups = query_group, key_group = random_groups(shape)
+    lse = float64_mass(query, key, *groups, 3)[1].float() if given_lse else None
+    answer = functools.partial(emulate, **config)
 
     def both(query, key, query_group, key_group, lse):
         received = answer(query, key, query_group >= 0, key_group >= 0, lse=lse)
@@ -193,150 +195,151 @@ def test_padding_and_strides_change_no_bit(emulate, form, shape, given_lse):
     plain = both(query, key, *groups, lse)
     generator = torch.Generator().manual_seed(0)
     live_queries, live_keys = (query_group >= 0)[:, None], (key_group >= 0)[:, None]
-    own, other = (spoiled(t, alive[..., None], generator) for t, alive in ((query, live_queries), (key, live_keys)))
-    bad = spoiled(lse, live_queries, generator) if given_lse else None
-    again = both(own, other, *groups, bad)
+    bad_query, bad_key = (poison(t, m[..., None], generator) for t, m in ((query, live_queries), (key, live_keys)))
+    bad = poison(lse, live_queries, generator) if given_lse else None
+    again = both(bad_query, bad_key, *groups, bad)
     assert_same_bits(again, (plain[0], bad if given_lse else plain[1], plain[2]))
-    for name in LAYOUTS.keys() - {"one head"}:
-        own = LAYOUTS[name](query), LAYOUTS[name](key)
-        if all(t.stride(-1) == 1 for t in own):  # others are copied by pruneops.ops
+    for name in HEAD_LAYOUTS.keys() - {"one head"}:
+        laid_out = HEAD_LAYOUTS[name](query), HEAD_LAYOUTS[name](key)
+        if all(t.stride(-1) == 1 for t in laid_out):  # others are copied by pruneops.ops
             short = [torch.stack([g.int()] * 2, -1)[..., 1] for g in groups]
             strided = None if lse is None else torch.stack([lse] * 2, -1)[..., 0]
-            assert_same_bits(both(*own, *short, strided), plain)
-    room = torch.empty(key.numel() + 1)[1:].view(key.shape)  # 4 bytes past a multiple of 16
-    assert_same_bits(both(query, room.copy_(key), *groups, lse), plain)
+            assert_same_bits(both(*laid_out, *short, strided), plain)
+    unaligned = torch.empty(key.numel() + 1)[1:].view(key.shape)  # 4 bytes past a multiple of 16
+    assert_same_bits(both(query, unaligned.copy_(key), *groups, lse), plain)
     alone = both(*(t[1:] for t in (query, key, *groups)), None if lse is None else lse[1:])
     assert_same_bits(alone, [result[1:] for result in plain])
 
 
-@by_form
+@by_config
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
 @pytest.mark.parametrize("given_lse", (False, True))
 @pytest.mark.parametrize("queries", (1, 2, 24))
-def test_special_values_show(emulate, form, queries, given_lse, bad):
-    """In the rows that meet them, as in the reference; other heads and batch rows keep their bits."""
+def test_special_values_show(emulate, config, queries, given_lse, bad):
+    """They show in the rows that attend to them, as in the reference; other heads and batch rows keep their bits."""
     query, key = real(2, 4, 2, queries, 50, 16)
     group, other = torch.arange(queries).div(20).long().expand(2, -1), torch.arange(50).div(30).long().expand(2, -1)
-    lse = mass_truth(query, key, group, other, 2)[1].float() if given_lse else None
-    before = *emulate(query, key, group, other, 2, lse=lse, **form), emulate(query, key, lse=lse, **form)
+    lse = float64_mass(query, key, group, other, 2)[1].float() if given_lse else None
+    before = *emulate(query, key, group, other, 2, lse=lse, **config), emulate(query, key, lse=lse, **config)
     for tensor, place, heads, pair in (
         (query, (1, 2, 0), [2], (0, 0)),
         (key, (1, 1, 35), [2, 3], (int(group[0, -1]), 1)),
     ):
         original, tensor[place] = tensor[place].clone(), bad
-        mass, found = emulate(query, key, group, other, 2, lse=lse, **form)
-        received = emulate(query, key, lse=lse, **form)
+        mass, lse_out = emulate(query, key, group, other, 2, lse=lse, **config)
+        received = emulate(query, key, lse=lse, **config)
         expected = reference.attention_received(query, key, lse=lse)
         tensor[place] = original
         touched = torch.zeros(2, 4, dtype=torch.bool)
         touched[1, heads] = True
-        assert_same_bits([r[~touched] for r in (mass, found, received)], [r[~touched] for r in before])
+        assert_same_bits([r[~touched] for r in (mass, lse_out, received)], [r[~touched] for r in before])
         assert torch.equal(received.isnan(), expected.isnan())
         if given_lse:
-            assert_same_bits(found, lse)
+            assert_same_bits(lse_out, lse)
             assert mass[touched][:, pair[0], pair[1]].isnan().all()
         else:
             assert mass[touched][:, pair[0]].isnan().all()
-            assert not found[touched].isfinite().all(-1).any()
+            assert not lse_out[touched].isfinite().all(-1).any()
 
 
-@by_form
-def test_nothing_visible(emulate, form):
+@by_config
+def test_nothing_visible(emulate, config):
     """Queries before the first key, rows of padding alone, lse of -inf: 0 and -inf, never NaN."""
     for queries in (1, 5, 28):
         query, key = real(3, 2, 1, queries, 12, 8)
         key_group, group = torch.full((3, 12), -1), torch.zeros(3, queries, dtype=torch.int64)
         key_group[1:, 3:9], group[2] = 1, -1
-        truth, lse = mass_truth(query, key, group, key_group, 2)
-        mass, found = emulate(query, key, group, key_group, 2, **form)
-        close((mass, found), (truth, lse))
+        truth, lse = float64_mass(query, key, group, key_group, 2)
+        mass, lse_out = emulate(query, key, group, key_group, 2, **config)
+        close((mass, lse_out), (truth, lse))
         assert (mass[[0, 2]] == 0).all()
-        given, copy = emulate(query, key, group, key_group, 2, lse=lse.float(), **form)
+        given, copy = emulate(query, key, group, key_group, 2, lse=lse.float(), **config)
         close(given, truth)
         assert_same_bits(copy, lse.float())
-        for own in (None, lse.float()):
-            received = emulate(query, key, group >= 0, key_group >= 0, lse=own, **form)
-            close(received, received_truth(query, key, group >= 0, key_group >= 0))
+        for own_lse in (None, lse.float()):
+            received = emulate(query, key, group >= 0, key_group >= 0, lse=own_lse, **config)
+            close(received, float64_received(query, key, group >= 0, key_group >= 0))
             assert (received[[0, 2]] == 0).all()
 
 
-@by_form
+@by_config
 @pytest.mark.parametrize("shape", [(B, H, *_, Sq, Sk, D) for B, H, *_, Sq, Sk, D in EDGES if B * H * Sq], ids=str)
-def test_edges(emulate, form, shape):
-    """No keys, one of each; where there are no rows nothing is launched."""
+def test_edges(emulate, config, shape):
+    """No keys, one of each; without rows nothing is launched."""
     B, H, _, Sq, Sk, _ = shape
     query, key = real(*shape)
     groups = torch.ones(B, Sq, dtype=torch.int64), torch.zeros(B, Sk, dtype=torch.int32)
     for options in ({}, {"causal": False}, {"lse": torch.zeros(B, H, Sq)}):
-        close(emulate(query, key, *groups, 2, **options, **form), mass_truth(query, key, *groups, 2, **options))
+        close(emulate(query, key, *groups, 2, **options, **config), float64_mass(query, key, *groups, 2, **options))
         if Sk:
-            close(emulate(query, key, **options, **form), received_truth(query, key, **options))
+            close(emulate(query, key, **options, **config), float64_received(query, key, **options))
 
 
-@by_form
-def test_unchecked_groups(emulate, form):
-    """One beyond the last counts as -1."""
+@by_config
+def test_unchecked_groups(emulate, config):
+    """A group out of range counts as -1."""
     for queries in (1, 30):
         query, key = real(1, 2, 1, queries, 130, 8)
-        query_group, key_group = sides((1, 2, 1, queries, 130, 8))
+        query_group, key_group = random_groups((1, 2, 1, queries, 130, 8))
         query_group[query_group == 0], key_group[key_group == 0], key_group[:, 40:80] = 9, 3, 2**40
-        close(emulate(query, key, query_group, key_group, 3, **form), mass_truth(query, key, query_group, key_group, 3))
+        args = query, key, query_group, key_group, 3
+        close(emulate(*args, **config), float64_mass(*args))
 
 
 @pytest.mark.parametrize("kind", (ranked, counting), ids=lambda kind: kind.__name__)
 def test_many_keys_a_block(emulate, kind):
-    """Logits of several chunks of keys are kept; some blocks of a cluster have no keys."""
+    """Blocks keep the logits of several key chunks; some blocks of a cluster have no keys."""
     for shape, splits in (((1, 4, 2, 2, 900, 8), 1), ((1, 2, 1, 2, 40, 8), 8)):
         query, key, options = kind(*shape, torch.Generator().manual_seed(0))
-        form = {"clusters": True, "splits": splits, "launches": 1}
-        args = query, key, *sides(shape), 3
-        assert_same_bits(emulate(*args, **options, **form)[0], mass_truth(*args, **options)[0].float())
-        form["launches"] = None  # with lse no cluster is needed
-        truth = received_truth(query, key, **options).float()
-        assert_same_bits(emulate(query, key, **options, **form), truth)
+        config = {"clusters": True, "splits": splits, "launches": 1}
+        args = query, key, *random_groups(shape), 3
+        assert_same_bits(emulate(*args, **options, **config)[0], float64_mass(*args, **options)[0].float())
+        config["launches"] = None  # with lse no cluster is needed
+        truth = float64_received(query, key, **options).float()
+        assert_same_bits(emulate(query, key, **options, **config), truth)
 
 
-@by_form
+@by_config
 @pytest.mark.parametrize("height", (-1e4, 1e4))
-def test_hard_softmax(emulate, form, height):
-    """Steps of 1 on logits of 10^4, which float32 still holds; lse to the rounding."""
+def test_hard_softmax(emulate, config, height):
+    """Steps of 1 on logits of 10^4, exact in float32; lse within rounding."""
     query = torch.tensor([100.0, 1]).expand(1, 2, 3, 2)
     key = torch.stack([torch.full((1, 1, 90), height / 100), -torch.randint(0, 9, (1, 1, 90))], -1)
     args = query, key, torch.zeros(1, 3, dtype=torch.int64), torch.arange(90)[None] % 3, 3
-    got, truth = emulate(*args, scale=1, **form), mass_truth(*args, scale=1)
+    got, truth = emulate(*args, scale=1, **config), float64_mass(*args, scale=1)
     close(got[0], truth[0], rtol=2 * EPS * 1e4, atol=0)
     close(got[1], truth[1], rtol=2 * EPS, atol=0)
-    close(emulate(query, key, scale=1, **form), received_truth(query, key, scale=1), rtol=4 * EPS * 1e4, atol=0)
+    close(emulate(query, key, scale=1, **config), float64_received(query, key, scale=1), rtol=4 * EPS * 1e4, atol=0)
 
 
-@by_form
+@by_config
 @pytest.mark.parametrize("queries", (1, 9))
-def test_offsets_past_two_to_the_31(emulate, form, queries, tmp_path):
+def test_offsets_past_two_to_the_31(emulate, config, queries, tmp_path):
     shape = 2, 4, 2, queries, 5, 16
     query, key, options = counting(*shape, torch.Generator().manual_seed(0))
-    groups, far = sides(shape), functools.partial(contract.with_gaps_past_2_31, tmp_path)
-    truth = mass_truth(query, key, *groups, 3, **options)[0].float()
-    received = received_truth(query, key, **options).float()
+    groups, far = random_groups(shape), functools.partial(contract.with_gaps_past_2_31, tmp_path)
+    truth = float64_mass(query, key, *groups, 3, **options)[0].float()
+    received = float64_received(query, key, **options).float()
     for dim in (0, 1, 2):
         own = far(query, dim) if query.shape[dim] > 1 else query, far(key, dim)
-        assert_same_bits(emulate(*own, *groups, 3, **options, **form)[0], truth)
-        assert_same_bits(emulate(*own, **options, **form), received)
+        assert_same_bits(emulate(*own, *groups, 3, **options, **config)[0], truth)
+        assert_same_bits(emulate(*own, **options, **config), received)
     own = [far(group, 1) if group.shape[1] > 1 else group for group in groups]
     options["lse"] = far(options["lse"], 1)
-    assert_same_bits(emulate(query, key, *own, 3, **options, **form)[0], truth)
+    assert_same_bits(emulate(query, key, *own, 3, **options, **config)[0], truth)
 
 
 def test_launches(emulate):
-    """One in decode on cards that have clusters, for any number of splits; else two, or one for few keys."""
+    """One in decode on GPUs with clusters, for any number of splits; else two, or one for few keys."""
     for H, Hk, Sk in ((2, 2, 3072), (14, 2, 577), (2, 1, 40)):
         shape = 1, H, Hk, 1, Sk, 32
-        args = *real(*shape), *sides(shape)
+        args = *real(*shape), *random_groups(shape)
         one = {"clusters": True, "launches": 1}
         mass, lse = emulate(*args, 3, **one)
-        few = emulate(*args, 3, launches=2 if Sk > 256 else 1)
-        close((mass, lse), mass_truth(*args, 3))
-        close(few, mass_truth(*args, 3))
+        without_clusters = emulate(*args, 3, launches=2 if Sk > 256 else 1)
+        close((mass, lse), float64_mass(*args, 3))
+        close(without_clusters, float64_mass(*args, 3))
         received = emulate(*args[:2], **one)
-        close(received, received_truth(*args[:2]))
+        close(received, float64_received(*args[:2]))
         close(emulate(*args[:2], launches=2 if Sk > 256 else 1), received)
         close(emulate(*args[:2], lse=lse.nan_to_num(neginf=0), launches=1).shape, received.shape)

@@ -13,8 +13,8 @@ pytestmark = needs_compiler
 class Call(ctypes.Structure):
     _fields_ = (
         *(("scores", POINTER), ("batch", INT), ("rows", INT), ("tokens", INT), ("stride", INT * 2)),
-        *(("flags", POINTER), ("flags_stride", INT * 2), ("quotas", POINTER), ("out", POINTER)),
-        *((name, INT32) for name in ("element", "taken", "blocks", "backwards")),
+        *(("mask", POINTER), ("mask_stride", INT * 2), ("quotas", POINTER), ("out", POINTER)),
+        *((name, INT32) for name in ("element", "excluded_value", "cluster_blocks", "backwards")),
     )
 
 
@@ -25,7 +25,7 @@ def kernel(tmp_path_factory):
 
 @pytest.fixture
 def emulate(kernel):
-    """exclusive_bottomk into a poisoned output. `blocks` 0: without lists; `free`: taken is the mask of free tokens."""
+    """exclusive_bottomk into a poisoned output. `blocks` 0: no candidate lists; `free`: `taken` marks free tokens."""
 
     def run(scores, quotas, taken=None, *, blocks=1, free=False, backwards=False):
         quotas = torch.tensor(quotas, dtype=torch.int64)
@@ -36,13 +36,13 @@ def emulate(kernel):
             rows=scores.shape[1],
             tokens=scores.shape[2],
             stride=strides(scores),
-            flags=pointer(taken),
-            flags_stride=strides(taken),
+            mask=pointer(taken),
+            mask_stride=strides(taken),
             quotas=pointer(quotas),
             out=pointer(out),
             element=ELEMENTS.index(scores.dtype),
-            taken=not free,
-            blocks=blocks,
+            excluded_value=not free,
+            cluster_blocks=blocks,
             backwards=backwards,
         )
         kernel(ctypes.byref(call))
@@ -51,84 +51,84 @@ def emulate(kernel):
     return run
 
 
-FORMS = {
-    "one by one": dict(blocks=0),
+VARIANTS = {
+    "row by row": dict(blocks=0),
     "one block": dict(blocks=1),
     "cluster": dict(blocks=3),
     "cluster backwards": dict(blocks=4, backwards=True),
 }
-by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
-def assert_right(emulate, scores, quotas, taken=None, **form):
-    got = emulate(scores, quotas, taken, **form)
+def assert_equals_reference(emulate, scores, quotas, taken=None, **variant):
+    got = emulate(scores, quotas, taken, **variant)
     assert torch.equal(got, reference.exclusive_bottomk(scores, quotas, taken=taken))
 
 
-@by_form
+@every_variant
 @by_dtype
-def test_ties(emulate, form, dtype):
+def test_ties(emulate, variant, dtype):
     scores = torch.randint(-3, 4, (2, 5, 200)).to(dtype)
-    assert_right(emulate, scores, [7, 0, 40, 1, 90], **form)
+    assert_equals_reference(emulate, scores, [7, 0, 40, 1, 90], **variant)
 
 
-@by_form
-def test_real_scores_that_rows_share(emulate, form):
+@every_variant
+def test_correlated_rows(emulate, variant):
     scores = torch.randn(2, 1, 700) + 0.3 * torch.randn(2, 8, 700)
-    assert_right(emulate, scores, [36] * 8, torch.rand(2, 700) < 0.4, **form)
+    assert_equals_reference(emulate, scores, [36] * 8, torch.rand(2, 700) < 0.4, **variant)
 
 
-@by_form
-def test_specials(emulate, form):
+@every_variant
+def test_specials(emulate, variant):
     scores = torch.randn(3, 4, 90)
     for value in (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3e38, -3e38, 1e-42, -1e-42):
         scores[torch.rand(scores.shape) < 0.1] = value
-    assert_right(emulate, scores, [20, 20, 0, 50], **form)
+    assert_equals_reference(emulate, scores, [20, 20, 0, 50], **variant)
 
 
-@by_form
-def test_strides(emulate, form):
+@every_variant
+def test_strides(emulate, variant):
     scores = torch.randn(6, 70, 300)[::2, 3::9, 5:297]
     taken = (torch.rand(300, 3) < 0.3).t()[:, 4:296]
-    assert_right(emulate, scores, [9] * 8, taken, **form)
+    assert_equals_reference(emulate, scores, [9] * 8, taken, **variant)
 
 
-@by_form
-def test_mask_of_free_tokens(emulate, form):
+@every_variant
+def test_mask_of_free_tokens(emulate, variant):
     scores, mask = torch.randn(2, 3, 50), torch.rand(2, 50) < 0.7
-    got = emulate(scores, [5, 4, 3], mask, free=True, **form)
+    got = emulate(scores, [5, 4, 3], mask, free=True, **variant)
     assert torch.equal(got, reference.exclusive_bottomk(scores, [5, 4, 3], taken=~mask))
 
 
-@by_form
-def test_one_token(emulate, form):
-    assert emulate(torch.full((1, 3, 1), torch.nan), [0, 1, 0], **form).tolist() == [[0]]
+@every_variant
+def test_one_token(emulate, variant):
+    assert emulate(torch.full((1, 3, 1), torch.nan), [0, 1, 0], **variant).tolist() == [[0]]
 
 
-@by_form
-def test_out_of_tokens(emulate, form):
+@every_variant
+def test_out_of_tokens(emulate, variant):
     scores, taken = torch.randn(2, 3, 40), torch.ones(2, 40, dtype=torch.bool)
     taken[0, 10:15] = False
-    assert_right(emulate, scores, [3, 3, 4], taken, **form)
+    assert_equals_reference(emulate, scores, [3, 3, 4], taken, **variant)
 
 
-@by_form
-def test_sixty_four_rows(emulate, form):
+@every_variant
+def test_sixty_four_rows(emulate, variant):
     scores = torch.randint(0, 50, (1, 64, 333)).float()
-    assert_right(emulate, scores, torch.randint(0, 6, (64,)).tolist(), **form)
+    assert_equals_reference(emulate, scores, torch.randint(0, 6, (64,)).tolist(), **variant)
 
 
-@by_form
+@every_variant
 @pytest.mark.parametrize("tokens", (511, 4096, 4097, 9000))
-def test_every_token(emulate, form, tokens):
+def test_every_token(emulate, variant, tokens):
     scores = torch.randn(1, 2, tokens)
-    assert_right(emulate, scores, [tokens // 2, tokens - tokens // 2], **form)
+    assert_equals_reference(emulate, scores, [tokens // 2, tokens - tokens // 2], **variant)
 
 
-@by_form
+@every_variant
 @pytest.mark.parametrize("spread", ("equal", "narrow", "wide", "two", "steps"))
-def test_more_candidates_than_there_is_room_for(emulate, form, spread):
-    """All in one bin, whose bins must be looked into: by order, by index."""
+def test_more_candidates_than_the_capacity(emulate, variant, spread):
+    """One bin holds them all and is divided again, by score bits or by index."""
     scores = {
         "equal": torch.zeros(12000),
         "narrow": 1 + torch.rand(12000) * 1e-4,
@@ -136,4 +136,4 @@ def test_more_candidates_than_there_is_room_for(emulate, form, spread):
         "two": (torch.arange(12000) % 3 == 0).float(),
         "steps": torch.tensor([-1.0] * 50 + [1.0] * 950 + [1.00004] * 9000 + [2.0] * 2000)[torch.randperm(12000)],
     }[spread].expand(1, 3, -1)
-    assert_right(emulate, scores, [100, 2500, 7], torch.rand(1, 12000) < 0.1, **form)
+    assert_equals_reference(emulate, scores, [100, 2500, 7], torch.rand(1, 12000) < 0.1, **variant)

@@ -17,8 +17,8 @@ class Call(ctypes.Structure):
         *(("seeds", POINTER), ("seeds_stride", INT * 2), ("seeds_count", INT)),
         *(("mask", POINTER), ("mask_stride", INT * 2)),
         *(("cu_seqlens", POINTER), ("offsets", POINTER), ("k", INT), ("indices", POINTER), ("radii", POINTER)),
-        *((name, INT32) for name in ("element", "cosine", "lazy")),
-        *((name, INT32) for name in ("teams", "blocks", "candidates", "backwards")),
+        *((name, INT32) for name in ("element", "cosine", "rounds")),
+        *((name, INT32) for name in ("groups", "blocks", "candidates", "backwards")),
     )
 
 
@@ -55,7 +55,7 @@ def emulate(kernel):
             radii=pointer(radii),
             element=ELEMENTS.index(x.dtype),
             cosine=metric == "cosine",
-            **{"lazy": packed, "teams": 1, "blocks": 1, "candidates": 128, "backwards": False, **shape},
+            **{"rounds": packed, "groups": 1, "blocks": 1, "candidates": 128, "backwards": False, **shape},
         )
         kernel(ctypes.byref(call))
         return indices, radii
@@ -63,112 +63,112 @@ def emulate(kernel):
     return run
 
 
-def exact(metric, *shape, dtype=torch.float32, seed=0):
-    """Tokens whose similarities are exact in float32: ties abound."""
-    draw = torch.Generator().manual_seed(seed)
+def exact_inputs(metric, *shape, dtype=torch.float32, seed=0):
+    """Tokens whose similarities are exact in float32, with many ties."""
+    generator = torch.Generator().manual_seed(seed)
     if metric == "euclidean":
-        return torch.randint(-4, 5, shape, generator=draw).to(dtype)
-    return (torch.randint(0, 2, shape, generator=draw) * 2 - 1).to(dtype)
+        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+    return (torch.randint(0, 2, shape, generator=generator) * 2 - 1).to(dtype)
 
 
 def assert_same(got, want, rtol=1.2e-7):
-    """Equal choices; radii to one bit, because torch's square root is not always the nearest float32."""
+    """Equal indices; radii to one bit, because the square root of torch is not always correctly rounded."""
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=rtol, atol=0, equal_nan=True)
 
 
-FORMS = [
-    dict(lazy=False),
-    dict(lazy=True, candidates=16),
-    dict(lazy=True, blocks=3, candidates=40, backwards=True),
-    dict(lazy=True, blocks=2, teams=2, candidates=128),
+VARIANTS = [
+    dict(rounds=False),
+    dict(rounds=True, candidates=16),
+    dict(rounds=True, blocks=3, candidates=40, backwards=True),
+    dict(rounds=True, blocks=2, groups=2, candidates=128),
 ]
-by_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(f"{k}{int(v)}" for k, v in f.items()))
+by_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda f: "-".join(f"{k}{int(v)}" for k, v in f.items()))
 by_metric = pytest.mark.parametrize("metric", ("cosine", "euclidean"))
 
 
-@by_form
+@by_variant
 @by_metric
 @by_dtype
-def test_exact_inputs_give_equal_answers(emulate, form, metric, dtype):
-    x = exact(metric, 2, 150, 64, dtype=dtype)
-    assert_same(emulate(x, 60, metric=metric, **form), reference.kcenter(x, 60, metric=metric))
+def test_exact_inputs_give_equal_answers(emulate, variant, metric, dtype):
+    x = exact_inputs(metric, 2, 150, 64, dtype=dtype)
+    assert_same(emulate(x, 60, metric=metric, **variant), reference.kcenter(x, 60, metric=metric))
 
 
-@by_form
+@by_variant
 @by_metric
-def test_every_token_of_a_small_set(emulate, form, metric):
-    x = exact(metric, 3, 37, 4, dtype=torch.float16)  # 16 different tokens at most under cosine
-    assert_same(emulate(x, 37, metric=metric, **form), reference.kcenter(x, 37, metric=metric))
+def test_every_token_of_a_small_set(emulate, variant, metric):
+    x = exact_inputs(metric, 3, 37, 4, dtype=torch.float16)  # 16 different tokens at most under cosine
+    assert_same(emulate(x, 37, metric=metric, **variant), reference.kcenter(x, 37, metric=metric))
 
 
-@by_form
+@by_variant
 @by_dtype
-def test_seeds_mask_and_any_strides(emulate, form, dtype):
-    x = exact("euclidean", 300, 3, 154, dtype=dtype)[..., 1:78].transpose(0, 1)  # odd width, no row at 16 bytes
+def test_seeds_mask_and_any_strides(emulate, variant, dtype):
+    x = exact_inputs("euclidean", 300, 3, 154, dtype=dtype)[..., 1:78].transpose(0, 1)  # odd width, no row at 16 bytes
     seeds = torch.stack([torch.randperm(300)[:20] for _ in range(3)]).t().contiguous().t()
     mask = (torch.rand(300, 3) < 0.5).t()
     want = reference.kcenter(x, 90, seeds=seeds, mask=mask, metric="euclidean")
-    assert_same(emulate(x, 90, seeds=seeds, mask=mask, metric="euclidean", **form), want)
+    assert_same(emulate(x, 90, seeds=seeds, mask=mask, metric="euclidean", **variant), want)
 
 
-@by_form
+@by_variant
 @by_metric
-def test_odd_width_with_aligned_rows(emulate, form, metric):
+def test_odd_width_with_aligned_rows(emulate, variant, metric):
     x = torch.zeros(1, 140, 136, dtype=torch.bfloat16)[..., :131]
-    x.copy_(exact("euclidean", 1, 140, 131))
+    x.copy_(exact_inputs("euclidean", 1, 140, 131))
     if metric == "cosine":
         x[..., 64:] = 0
-        x[..., :64] = exact("cosine", 1, 140, 64)
+        x[..., :64] = exact_inputs("cosine", 1, 140, 64)
     padding = x.as_strided((140, 5), (136, 1), 131)
     padding.fill_(torch.nan)
-    assert_same(emulate(x, 50, metric=metric, **form), reference.kcenter(x, 50, metric=metric))
+    assert_same(emulate(x, 50, metric=metric, **variant), reference.kcenter(x, 50, metric=metric))
 
 
-@by_form
+@by_variant
 @by_metric
 @by_dtype
-def test_zeros_duplicates_and_non_finite(emulate, form, metric, dtype):
-    x = exact(metric, 1, 60, 16, dtype=dtype)
+def test_zeros_duplicates_and_non_finite(emulate, variant, metric, dtype):
+    x = exact_inputs(metric, 1, 60, 16, dtype=dtype)
     x[0, 40:50] = x[0, 5]
     x[0, 50:53] = 0
     x[0, 2], x[0, 7, 3], x[0, 33, 0] = torch.nan, torch.inf, -torch.inf
     mask = torch.ones(1, 60, dtype=torch.bool)
     mask[0, 0] = False
     want = reference.kcenter(x, 59, mask=mask, metric=metric)
-    assert_same(emulate(x, 59, mask=mask, metric=metric, **form), want)
+    assert_same(emulate(x, 59, mask=mask, metric=metric, **variant), want)
 
 
-@by_form
-def test_negative_zero_is_zero(emulate, form):
+@by_variant
+def test_negative_zero_is_zero(emulate, variant):
     x = torch.tensor([[[1, 0], [0, 0], [-1e-25, 0], [1, 1]]])  # the third counts as a zero vector; its product is -0
-    assert emulate(x, 4, **form)[0].tolist() == [[0, 1, 2, 3]]
+    assert emulate(x, 4, **variant)[0].tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("blocks", (0, 1, 4, 16))  # Gram; candidates multiplied in tiles of 128, 64 and 32
+@pytest.mark.parametrize("blocks", (0, 1, 4, 16))  # gram path; candidate gram tiles of 128, 64 and 32
 @by_dtype
 def test_wide_tokens(emulate, blocks, dtype):
-    x = exact("euclidean", 1, 300, 328, dtype=dtype)  # 6 or 11 stages, the last of them partly filled
-    got = emulate(x, 100, metric="euclidean", lazy=blocks > 0, blocks=max(blocks, 1))
+    x = exact_inputs("euclidean", 1, 300, 328, dtype=dtype)  # 6 or 11 stages, the last of them partly filled
+    got = emulate(x, 100, metric="euclidean", rounds=blocks > 0, blocks=max(blocks, 1))
     assert_same(got, reference.kcenter(x, 100, metric="euclidean"))
 
 
-@by_form
-def test_out_of_tokens(emulate, form):
-    x = exact("euclidean", 2, 40, 8)
+@by_variant
+def test_out_of_tokens(emulate, variant):
+    x = exact_inputs("euclidean", 2, 40, 8)
     mask = torch.zeros(2, 40, dtype=torch.bool)
     mask[0, 10:15], mask[1, 3] = True, True
-    indices, radii = emulate(x, 9, mask=mask, metric="euclidean", **form)
+    indices, radii = emulate(x, 9, mask=mask, metric="euclidean", **variant)
     for row, allowed in enumerate((5, 1)):
         want = reference.kcenter(x[row], allowed, mask=mask[row], metric="euclidean")
         assert_same((indices[row, :allowed], radii[row, :allowed]), want)
         assert (indices[row, allowed:] == -1).all() and radii[row, allowed:].isnan().all()
 
 
-@by_form
-def test_a_seed_out_of_range_is_skipped(emulate, form):
-    x = exact("euclidean", 1, 40, 8)
-    indices, radii = emulate(x, 9, seeds=torch.tensor([[40, 7, -1]]), metric="euclidean", **form)
+@by_variant
+def test_a_seed_out_of_range_is_skipped(emulate, variant):
+    x = exact_inputs("euclidean", 1, 40, 8)
+    indices, radii = emulate(x, 9, seeds=torch.tensor([[40, 7, -1]]), metric="euclidean", **variant)
     want = reference.kcenter(x, 7, seeds=torch.tensor([[7]]), metric="euclidean")
     assert indices[0, [0, 2]].tolist() == [-1, -1] and radii[0, [0, 2]].isnan().all()
     assert_same((indices[:, [1, *range(3, 9)]], radii[:, [1, *range(3, 9)]]), want)
@@ -176,40 +176,40 @@ def test_a_seed_out_of_range_is_skipped(emulate, form):
 
 @by_metric
 @by_dtype
-def test_forms_agree_to_the_bit_and_prefixes_hold(emulate, metric, dtype):
+def test_variants_agree_to_the_bit_and_prefixes_hold(emulate, metric, dtype):
     x = torch.randn(1, 200, 96).to(dtype)
     x[0, 100:130] = x[0, 17]
     want = emulate(x, 200, metric=metric)
-    for form in FORMS[1:]:
-        assert_same(emulate(x, 200, metric=metric, **form), want, rtol=0)
-    assert_same(emulate(x, 31, metric=metric, **FORMS[2]), (want[0][:, :31], want[1][:, :31]), rtol=0)
+    for variant in VARIANTS[1:]:
+        assert_same(emulate(x, 200, metric=metric, **variant), want, rtol=0)
+    assert_same(emulate(x, 31, metric=metric, **VARIANTS[2]), (want[0][:, :31], want[1][:, :31]), rtol=0)
     finite = want[1][0, 1:]
     assert (finite.diff() <= 0).all()
 
 
-@by_form
-def test_low_scores_in_few_classes(emulate, form):
-    """Tokens a whole number of runs apart, so that one thread could hold all that are far away."""
+@by_variant
+def test_low_scores_in_few_classes(emulate, variant):
+    """Low scores at multiples of 256, so that one class of tokens could hold all of them."""
     x = torch.zeros(1, 1200, 2)
     x[0, ::256, 0], x[0, 1::256, 1] = torch.arange(1.0, 6), torch.arange(7.0, 12)
-    assert_same(emulate(x, 20, metric="euclidean", **form), reference.kcenter(x, 20, metric="euclidean"))
+    assert_same(emulate(x, 20, metric="euclidean", **variant), reference.kcenter(x, 20, metric="euclidean"))
 
 
 @by_metric
-@pytest.mark.parametrize("form", FORMS[1:], ids=("one block", "team of 3", "two teams"))
-def test_packed_sequences(emulate, form, metric):
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=("one block", "group of 3", "two groups"))
+def test_packed_sequences(emulate, variant, metric):
     lengths, ks = (130, 0, 1, 47, 64), (40, 0, 1, 47, 3)
-    x = exact(metric, sum(lengths), 64, dtype=torch.bfloat16)
+    x = exact_inputs(metric, sum(lengths), 64, dtype=torch.bfloat16)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     want = reference.kcenter_varlen(x, bounds, ks, metric=metric)
-    assert_same(emulate(x, ks, cu_seqlens=bounds, metric=metric, **form), want)
+    assert_same(emulate(x, ks, cu_seqlens=bounds, metric=metric, **variant), want)
 
 
-@pytest.mark.parametrize("form", FORMS[1:], ids=("one block", "team of 3", "two teams"))
-def test_packed_sequences_with_seeds(emulate, form):
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=("one block", "group of 3", "two groups"))
+def test_packed_sequences_with_seeds(emulate, variant):
     lengths, ks = (70, 20), (30, 20)
-    x = exact("euclidean", sum(lengths), 7)
+    x = exact_inputs("euclidean", sum(lengths), 7)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     seeds = torch.stack([start + torch.randperm(n)[:18] for start, n in zip((0, 70), lengths)])
     want = reference.kcenter_varlen(x, bounds, ks, seeds=seeds, metric="euclidean")
-    assert_same(emulate(x, ks, cu_seqlens=bounds, seeds=seeds, metric="euclidean", **form), want)
+    assert_same(emulate(x, ks, cu_seqlens=bounds, seeds=seeds, metric="euclidean", **variant), want)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pruneops import reference
-from tests.contract import signs, with_copies
+from tests.inputs import signs, with_copies
 
 from . import ELEMENTS, INT, INT32, POINTER, by_dtype, compile_kernels, needs_compiler, pointer, strides
 
@@ -62,12 +62,12 @@ def emulate(kernel):
     return run
 
 
-FORMS = {
+VARIANTS = {
     "16 tokens": dict(),
     "32 tokens": dict(tiles=2, backwards=True),
     "32 tokens, many pivots": dict(tiles=2, groups=8),
 }
-by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+by_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 by_reduction = pytest.mark.parametrize("reduce", REDUCTIONS)
 
 
@@ -77,86 +77,86 @@ def expected(x, pivots, mask=None, reduce=None):
     return reference.duplication(x, pivots, mask=mask, reduce=reduce)
 
 
-def exact(*shape, dtype=torch.float32):
+def exact_inputs(*shape, dtype=torch.float32):
     """Tokens whose norms and cosines are exact, half of them copies of others."""
-    draw = torch.Generator().manual_seed(1)
-    return with_copies(signs(shape, draw), draw).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    return with_copies(signs(shape, generator), generator).to(dtype)
 
 
 def assert_equal(got, want):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@by_form
+@by_variant
 @by_dtype
 @pytest.mark.parametrize("width", (5, 128, 1100))
-def test_exact_inputs(emulate, form, dtype, width):
-    x, pivots = exact(2, 50, width, dtype=dtype), torch.randint(0, 50, (2, 4))
+def test_exact_inputs(emulate, variant, dtype, width):
+    x, pivots = exact_inputs(2, 50, width, dtype=dtype), torch.randint(0, 50, (2, 4))
     mask = torch.rand(2, 50) < 0.7
-    assert_equal(emulate(x, pivots, mask=mask, **form), expected(x, pivots, mask))
+    assert_equal(emulate(x, pivots, mask=mask, **variant), expected(x, pivots, mask))
 
 
-@by_form
+@by_variant
 @by_dtype
 @pytest.mark.parametrize("count", (1, 8, 17, 64, 70))
-def test_any_number_of_pivots(emulate, form, dtype, count):
-    x, pivots = exact(1, 33, 64, dtype=dtype), torch.randint(0, 33, (1, count))
-    assert_equal(emulate(x, pivots, **form), expected(x, pivots))
+def test_any_number_of_pivots(emulate, variant, dtype, count):
+    x, pivots = exact_inputs(1, 33, 64, dtype=dtype), torch.randint(0, 33, (1, count))
+    assert_equal(emulate(x, pivots, **variant), expected(x, pivots))
 
 
-@by_form
+@by_variant
 @by_reduction
 @pytest.mark.parametrize("count", (1, 19, 64))
-def test_reductions(emulate, form, reduce, count):
-    x, pivots, mask = exact(2, 33, 64), torch.randint(0, 33, (2, count)), torch.rand(2, 33) < 0.7
-    assert_equal(emulate(x, pivots, mask=mask, reduce=reduce, **form), expected(x, pivots, mask, reduce))
+def test_reductions(emulate, variant, reduce, count):
+    x, pivots, mask = exact_inputs(2, 33, 64), torch.randint(0, 33, (2, count)), torch.rand(2, 33) < 0.7
+    assert_equal(emulate(x, pivots, mask=mask, reduce=reduce, **variant), expected(x, pivots, mask, reduce))
 
 
-@by_form
+@by_variant
 @by_dtype
 @pytest.mark.parametrize("reduce", (None, "max"))
-def test_specials(emulate, form, dtype, reduce):
-    x = exact(1, 40, 20, dtype=dtype)
+def test_specials(emulate, variant, dtype, reduce):
+    x = exact_inputs(1, 40, 20, dtype=dtype)
     x[0, 0], x[0, 7, 3], x[0, 8, 19], x[0, 9] = torch.nan, torch.inf, -torch.inf, 0
     x[0, 10] = 1e-30  # a zero vector as well
     x[0, 11, 0] = 3e38 if dtype != torch.float16 else torch.inf
     mask = torch.rand(1, 40) < 0.8
     for pivots in ([[9, 12, 10]], [[12, 7, 13]], [[11]]):
         pivots = torch.tensor(pivots)
-        assert_equal(emulate(x, pivots, mask=mask, reduce=reduce, **form), expected(x, pivots, mask, reduce))
+        assert_equal(emulate(x, pivots, mask=mask, reduce=reduce, **variant), expected(x, pivots, mask, reduce))
 
 
-@by_form
+@by_variant
 @by_dtype
-def test_strides_change_no_bit(emulate, form, dtype):
+def test_strides_change_no_bit(emulate, variant, dtype):
     x, pivots, mask = torch.randn(3, 45, 520).to(dtype), torch.randint(0, 45, (3, 6)), torch.rand(3, 45) < 0.7
-    want = emulate(x, pivots, mask=mask, **form)
+    want = emulate(x, pivots, mask=mask, **variant)
     laid_out = torch.zeros(45, 6, 523, dtype=dtype)[:, ::2, 3:].copy_(x.transpose(0, 1)).transpose(0, 1)
     padded = torch.full((3, 45, 528), torch.nan, dtype=dtype)[..., :520].copy_(x)
     for other in (laid_out, padded):
-        assert_equal(emulate(other, pivots.t().contiguous().t(), mask=mask.t().contiguous().t(), **form), want)
+        assert_equal(emulate(other, pivots.t().contiguous().t(), mask=mask.t().contiguous().t(), **variant), want)
     for row in range(3):
         assert_equal(emulate(x[row : row + 1], pivots[row : row + 1], mask=mask[row : row + 1])[0], want[row])
 
 
-@by_form
+@by_variant
 @by_dtype
-def test_real_values(emulate, form, dtype):
+def test_real_values(emulate, variant, dtype):
     x, pivots = torch.randn(1, 64, 333).to(dtype), torch.randint(0, 64, (1, 5))
-    got = emulate(x, pivots, **form)
+    got = emulate(x, pivots, **variant)
     torch.testing.assert_close(got, reference.pivot_cosine(x.double(), pivots), rtol=0, atol=5e-7, check_dtype=False)
 
 
-@by_form
+@by_variant
 @pytest.mark.parametrize("reduce", (None, "max"))
 @pytest.mark.parametrize("lengths", ((1,), (0, 0, 3), (130, 0, 1, 47, 64, 0), (16, 32, 15, 17, 1) * 9))
-def test_packed_sequences(emulate, form, reduce, lengths):
+def test_packed_sequences(emulate, variant, reduce, lengths):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    x, mask = exact(sum(lengths), 70, dtype=torch.bfloat16), torch.rand(sum(lengths)) < 0.9
-    pivots = torch.full((len(lengths), 3), 2**62)  # not to be looked at where a sequence is empty
+    x, mask = exact_inputs(sum(lengths), 70, dtype=torch.bfloat16), torch.rand(sum(lengths)) < 0.9
+    pivots = torch.full((len(lengths), 3), 2**62)  # ignored where a sequence is empty
     for s, (start, length) in enumerate(zip(bounds.tolist(), lengths)):
         if length:
             pivots[s] = start + torch.randint(0, length, (3,))
-    got = emulate(x, pivots, mask=mask, cu_seqlens=bounds, reduce=reduce, **form)
+    got = emulate(x, pivots, mask=mask, cu_seqlens=bounds, reduce=reduce, **variant)
     varlen = reference.duplication_varlen if reduce else reference.pivot_cosine_varlen
     assert_equal(got, varlen(x, bounds, pivots, mask=mask, **({"reduce": reduce} if reduce else {})))

@@ -9,7 +9,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from pruneops import reference
 from tests.contract import assert_same_bits, poisoned
-from tests.token_copy import PLACES, any_bits, ascending, storage, with_garbage
+from tests.inputs import PLACES, any_bits, ascending, storage, with_garbage
 
 from . import HERE, needs_compiler
 
@@ -29,13 +29,13 @@ def ops(tmp_path_factory):
     return torch.ops.pruneops_emulated
 
 
-# How many blocks are enough in place: few wide slices, or many narrow ones. The last thread first, or the first.
-FORMS = {"wide": (1, False), "narrow backwards": (1024, True)}
-by_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-by_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-by_rows = pytest.mark.parametrize("heads", (False, True), ids=["keep of a row", "keep of a head"])
-# Widths of a token in bytes: units of 16, 8, 4, 2 and 1 bytes, one and several slices, odd ones. So many tokens of each
-# are several tiles, in new tensors and in place.
+# (min_blocks, backwards): few wide chunks or many narrow ones in place; threads run in ascending or descending order.
+SCHEDULES = {"wide": (1, False), "narrow backwards": (1024, True)}
+by_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+by_layout = pytest.mark.parametrize("layout", PLACES.values(), ids=PLACES)
+by_rows = pytest.mark.parametrize("heads", (False, True), ids=["keep per row", "keep per head"])
+# Bytes of a token: vectors of 16, 8, 4, 2 and 1 bytes, one and several chunks, odd widths. Values: numbers of tokens
+# that fill several tiles, in new tensors and in place.
 WIDTHS = {256: (300, 900), 1152: (130, 120), 40: (900, 800), 20: (900, 800), 258: (90, 80), 8: (2100, 900)}
 WIDTHS |= {2: (2100, 900), 17: (250, 300), 577: (20, 60)}
 by_width = pytest.mark.parametrize("width", WIDTHS)
@@ -51,23 +51,23 @@ def positions(B, Hk, K, S, heads, lengths, sort=True):
     return with_garbage(keep, lengths), lengths
 
 
-def assert_new(ops, form, caches, keep, lengths=None):
+def assert_new(ops, schedule, caches, keep, lengths=None):
     with poisoned():
-        got = ops.kv_compact(caches, keep, lengths, *form)
+        got = ops.kv_compact(caches, keep, lengths, *schedule)
     wanted = reference.kv_compact(caches, keep, lengths=lengths)
     assert_same_bits(got, wanted)
     assert [one.stride() for one in got] == [one.stride() for one in wanted]
 
 
-def assert_in_place(ops, form, caches, keep, lengths=None):
-    wanted = moved_apart(caches)
+def assert_in_place(ops, schedule, caches, keep, lengths=None):
+    wanted = cloned_with_storage(caches)
     reference.kv_compact_(wanted, keep, lengths=lengths)
-    ops.kv_compact_(caches, keep, lengths, *form)
+    ops.kv_compact_(caches, keep, lengths, *schedule)
     assert_same_memory(caches, wanted)
 
 
-def moved_apart(tensors):
-    """Each in a copy of all its memory."""
+def cloned_with_storage(tensors):
+    """Views of copies of the whole storages."""
     return [storage(t).clone().view(t.dtype).as_strided(t.shape, t.stride(), t.storage_offset()) for t in tensors]
 
 
@@ -83,54 +83,54 @@ def test_widths(ops, heads, width):
     assert_new(ops, (1, heads), [any_bits((1, 2, K, width), torch.uint8)], keep, lengths)
 
 
-@by_form
+@by_schedule
 @by_width
 @by_rows
-def test_widths_in_place(ops, form, heads, width):
+def test_widths_in_place(ops, schedule, heads, width):
     K = WIDTHS[width][1]
     keep, lengths = positions(1, 2, K, K + K // 8, heads, [K - 3])
-    assert_in_place(ops, form, [any_bits((1, 2, K + K // 8, width), torch.uint8)], keep, lengths.int())
+    assert_in_place(ops, schedule, [any_bits((1, 2, K + K // 8, width), torch.uint8)], keep, lengths.int())
 
 
-@by_place
+@by_layout
 @by_rows
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.complex128), ids=str)
-def test_places(ops, place, heads, dtype):
-    caches = [place(any_bits((2, 2, 30, D), dtype, D)) for D in (4, 3)]
-    form = FORMS["wide"]
+def test_memory_layouts(ops, layout, heads, dtype):
+    caches = [layout(any_bits((2, 2, 30, D), dtype, D)) for D in (4, 3)]
+    schedule = SCHEDULES["wide"]
     keep, lengths = positions(2, 2, 25, 30, heads, [25, 16])
-    assert_new(ops, form, caches, keep, lengths)
-    assert_new(ops, form, [cache[:1].expand(2, -1, -1, -1) for cache in caches], keep, lengths.int())
-    assert_in_place(ops, form, caches, keep, lengths)
+    assert_new(ops, schedule, caches, keep, lengths)
+    assert_new(ops, schedule, [cache[:1].expand(2, -1, -1, -1) for cache in caches], keep, lengths.int())
+    assert_in_place(ops, schedule, caches, keep, lengths)
 
 
-@by_form
-def test_a_long_way_and_none(ops, form):
-    """The last tokens, the first ones, every other one, one, all, none."""
+@by_schedule
+def test_distances(ops, schedule):
+    """Keeps the last tokens, the first ones, every other one, one, all, none."""
     cache = any_bits((1, 1, 700, 128), torch.bfloat16)
     for keep in (range(300, 700), range(400), range(0, 700, 2), range(699, 700), range(700), ()):
-        assert_in_place(ops, form, [cache], torch.tensor([[*keep]], dtype=torch.int64))
-    assert_in_place(ops, form, [cache], torch.full((1, 5), 2**60), torch.tensor([0]))
-    assert_in_place(ops, form, [cache[:0]], torch.zeros(0, 5, dtype=torch.int64))
+        assert_in_place(ops, schedule, [cache], torch.tensor([[*keep]], dtype=torch.int64))
+    assert_in_place(ops, schedule, [cache], torch.full((1, 5), 2**60), torch.tensor([0]))
+    assert_in_place(ops, schedule, [cache[:0]], torch.zeros(0, 5, dtype=torch.int64))
 
 
-def test_no_positions_to_read(ops):
+def test_empty_cache(ops):
     keep, lengths = torch.full((2, 9), -(2**60)), torch.tensor([0, 0], dtype=torch.int32)
-    assert_new(ops, FORMS["wide"], [any_bits((2, 3, 0, 5)), any_bits((2, 1, 4, 8))], keep, lengths)
+    assert_new(ops, SCHEDULES["wide"], [any_bits((2, 3, 0, 5)), any_bits((2, 1, 4, 8))], keep, lengths)
 
 
-def test_more_than_parameters_hold(ops):
-    """More tensors and forms than one launch takes; those of one form, at addresses of different units."""
+def test_several_launches(ops):
+    """More tensors and layouts than fit one launch, and one layout at addresses of different alignment."""
     many = [any_bits((1, 1, 9, 4), torch.uint8, i) for i in range(140)]
-    forms = [any_bits((1, 2, 9, D), torch.int16, D) for D in range(1, 20)]
-    units = [any_bits((200,), torch.uint8, i)[i : i + 9 * 16].view(1, 1, 9, 16) for i in (0, 1, 2, 4, 8)]
+    layouts = [any_bits((1, 2, 9, D), torch.int16, D) for D in range(1, 20)]
+    alignments = [any_bits((200,), torch.uint8, i)[i : i + 9 * 16].view(1, 1, 9, 16) for i in (0, 1, 2, 4, 8)]
     keep = torch.tensor([[0, 2, 3, 6, 7, 8]])
-    assert_new(ops, FORMS["wide"], many + forms + units, keep.flip(1))
-    assert_in_place(ops, FORMS["wide"], many + forms + units, keep)
+    assert_new(ops, SCHEDULES["wide"], many + layouts + alignments, keep.flip(1))
+    assert_in_place(ops, SCHEDULES["wide"], many + layouts + alignments, keep)
 
 
 def test_offsets_past_two_to_the_31(ops):
-    memory = torch.empty(2**32 + 2**31, dtype=torch.uint8)  # never touched but for a few pages
+    memory = torch.empty(2**32 + 2**31, dtype=torch.uint8)  # only a few pages are touched
     cache = memory.as_strided((1, 2, 3, 32), (64, 32, 2**31, 1))
     for token in range(3):
         cache[:, :, token] = any_bits((1, 2, 32), torch.uint8, token)
@@ -141,7 +141,7 @@ def test_offsets_past_two_to_the_31(ops):
     assert_same_bits(cache[:, :, :2], wanted)
 
 
-PAGED = {  # (shape for page p, dimension of the tokens)
+PAGED = {  # shape of a tensor of pages
     "NHD": lambda n, page, Hk, D: (n, page, Hk, D),
     "HND": lambda n, page, Hk, D: (n, Hk, page, D),
     "NHD pairs": lambda n, page, Hk, D: (n, 2, page, Hk, D),
@@ -160,7 +160,7 @@ def test_pages(ops, heads, page, layout):
     tensors.append(any_bits((*shape[:-1], 4), torch.float32)[..., ::2])
     keep, lengths = positions(3, 2, 300, S, heads, lengths)
     table = torch.randperm(3 * blocks + 2)[: 3 * blocks].view(3, blocks).int()
-    wanted = moved_apart(tensors)
+    wanted = cloned_with_storage(tensors)
     reference.paged_kv_compact_(wanted, table, keep, lengths, layout=layout[:3])
     for b, length in enumerate(lengths.tolist()):
         last = int(keep[b, ..., :length].max()) if length else -1
@@ -168,7 +168,7 @@ def test_pages(ops, heads, page, layout):
     if heads:
         table = table.t().contiguous().t()
     ops.paged_kv_compact_(
-        tensors, table, keep, lengths, layout[:3] == "NHD", *FORMS["narrow backwards" if heads else "wide"]
+        tensors, table, keep, lengths, layout[:3] == "NHD", *SCHEDULES["narrow backwards" if heads else "wide"]
     )
     assert_same_memory(tensors, wanted)
 
@@ -203,29 +203,30 @@ def assert_gathered(ops, tensors, keep, backwards=False):
     assert all(one.is_contiguous() for one in got)
 
 
-@pytest.mark.parametrize("unit", (1, 2, 4, 8, 16))
+@pytest.mark.parametrize("vec_bytes", (1, 2, 4, 8, 16))
 @pytest.mark.parametrize("in_place", (False, True))
-def test_slices_cover_a_token(ops, unit, in_place):
-    for units in (*range(1, 80), 129, 144, 256, 257, 512, 577, 4096):
-        for least in 1, 3, 1000:
-            slice, slices, tiles, blocks = ops.cut_of(units * unit, unit, 3, 1000, least, in_place)
-            assert 1 <= slice <= 256 and (slices - 1) * slice < units <= slices * slice
-            assert blocks == 3 * slices * tiles
-            assert 2 * (256 // slice) * units >= 256 * slices  # half of all threads move something
-            if in_place and least >= units:
-                assert slice * unit <= 64
-            if units * unit % 32 == 0:
-                assert slice * unit % 32 == 0
+def test_chunks_cover_a_token(ops, vec_bytes, in_place):
+    for vecs in (*range(1, 80), 129, 144, 256, 257, 512, 577, 4096):
+        for min_chunks in 1, 3, 1000:
+            chunk, chunks, tiles, blocks = ops.chunking(vecs * vec_bytes, vec_bytes, 3, 1000, min_chunks, in_place)
+            assert 1 <= chunk <= 256 and (chunks - 1) * chunk < vecs <= chunks * chunk
+            assert blocks == 3 * chunks * tiles
+            assert 2 * (256 // chunk) * vecs >= 256 * chunks  # at least half of the threads are active
+            if in_place and min_chunks >= vecs:
+                assert chunk * vec_bytes <= 64
+            if vecs * vec_bytes % 32 == 0:
+                assert chunk * vec_bytes % 32 == 0
 
 
-def test_threads_without_a_unit_are_few(ops):
+def test_few_threads_are_idle(ops):
     for D in (64, 72, 80, 96, 112, 128, 192, 256, 576, 1152, 4096, 4608):
-        slice, slices, *_ = ops.cut_of(2 * D, 16, 1, 1000, 1, False)
-        assert 256 // slice * (D // 8) >= 230 * slices
+        chunk, chunks, *_ = ops.chunking(2 * D, 16, 1, 1000, 1, False)
+        assert 256 // chunk * (D // 8) >= 230 * chunks
 
 
-def test_blocks_of_the_cases_in_the_head_of_the_kernel(ops):
-    assert 64 * ops.cut_of(256, 16, 32, 352, 1, False)[3] == 6144
-    assert 64 * ops.cut_of(256, 16, 32, 2765, 1, True)[3] == 2048
-    assert 64 * ops.cut_of(256, 16, 4, 2765, 2, True)[3] == 512
-    assert ops.cut_of(256, 16, 8, 2765, 64, True)[3] == 32
+def test_documented_numbers_of_blocks(ops):
+    """Those of docs/kernels/token_copy.md."""
+    assert 64 * ops.chunking(256, 16, 32, 352, 1, False)[3] == 6144
+    assert 64 * ops.chunking(256, 16, 32, 2765, 1, True)[3] == 2048
+    assert 64 * ops.chunking(256, 16, 4, 2765, 2, True)[3] == 512
+    assert ops.chunking(256, 16, 8, 2765, 64, True)[3] == 32

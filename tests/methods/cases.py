@@ -1,9 +1,9 @@
-"""Every method with images and prompts to prune: those that tests of all methods share."""
+"""Methods, images and prompts shared by the tests of all methods."""
 
 import torch
 
 from pruneops.methods import DART, VTW, DivPrune, FasterVLM, FastV, Image, Random, ToDRE, Uniform
-from tests.contract import clustered
+from tests.inputs import clustered
 from tests.methods.oracles import prompt
 
 LAYERS = 4  # of the decoder
@@ -25,13 +25,13 @@ STAGE_2 = ToDRE(keep=1.0, depths=(0.5,))
 
 
 def images(sizes, seed=0):
-    """With attention from [CLS]; tokens of one image differ by little from a common vector, as features do."""
+    """Images with [CLS] attention; tokens of one image are close to a common vector, as real features are."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    images = []
     for i, size in enumerate(sizes):
         x = torch.randn(size, 32, generator=generator) + 2 * torch.randn(1, 32, generator=generator)
-        found.append(Image(x, torch.rand(size, generator=generator), index=i))
-    return found
+        images.append(Image(x, torch.rand(size, generator=generator), index=i))
+    return images
 
 
 SIZES = {
@@ -46,13 +46,13 @@ SIZES = {
 
 
 def norm(hidden):
-    """A decoder's final norm with a projection after it, so that it rounds where autocast is on."""
+    """A decoder's final norm with a projection, so that autocast would change its result."""
     weight = clustered((hidden.shape[-1], hidden.shape[-1]), seed=5)
     return torch.nn.functional.rms_norm(hidden @ weight.to(hidden), hidden.shape[-1:])
 
 
 def rows():
-    """{words: Row}"""
+    """{description: Row}"""
     prompts = {
         "one image": prompt([40]),
         "two images": prompt([40, 12], between=3),
@@ -62,4 +62,4 @@ def rows():
         "no text after": prompt([30], after=0),
         "no image": prompt([]),
     }
-    return {words: row._replace(norm=norm) for words, row in prompts.items()}
+    return {name: row._replace(norm=norm) for name, row in prompts.items()}

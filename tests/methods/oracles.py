@@ -1,11 +1,11 @@
-"""What methods must do, as slow and obvious loops in float64, and the inputs that the tests share."""
+"""Specifications of the methods as plain loops in float64, and inputs shared by the tests."""
 
 import math
 
 import torch
 
 from pruneops.methods import Row
-from tests.contract import signs, with_copies
+from tests.inputs import signs, with_copies
 
 
 def finite(vector):
@@ -31,7 +31,7 @@ def _or_zero(score):
 
 
 def farthest_first(features, k, start):
-    """Greedy k-center by cosine from `start`, tokens that are not finite last and near to no other; ascending."""
+    """Greedy k-center by cosine from `start`, ascending; tokens that are not finite come last and are near to none."""
     x = features.double().tolist()
     chosen = [start]
     while len(chosen) < k:
@@ -48,7 +48,7 @@ def farthest_first(features, k, start):
 
 
 def attention(query, key, causal=True, hidden=()):
-    """[H, Sq, Sk] softmax in float64; `hidden` keys get nothing."""
+    """[H, Sq, Sk] softmax in float64; `hidden` keys are masked out."""
     query, key = query.double(), key.double()
     key = key.repeat_interleave(len(query) // len(key), 0)
     logits = query @ key.mT / math.sqrt(query.shape[-1])
@@ -60,8 +60,8 @@ def attention(query, key, causal=True, hidden=()):
     return logits.softmax(-1)
 
 
-def assert_greatest(chosen, scores, k, tolerance=1e-6):
-    """`chosen` are k different ascending indices, none of them below one left out by more than the tolerance."""
+def assert_highest(chosen, scores, k, tolerance=1e-6):
+    """`chosen` are k different ascending indices, each at least as high as all others within the tolerance."""
     chosen = chosen.tolist()
     assert len(chosen) == k and chosen == sorted(set(chosen))
     left = [score for i, score in enumerate(scores.tolist()) if i not in chosen]

@@ -1,4 +1,4 @@
-"""Inside torch.autocast methods choose what they choose outside."""
+"""Methods make the same choices inside torch.autocast as outside."""
 
 import inspect
 
@@ -8,7 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from pruneops import methods
 from pruneops.methods import Image
-from tests.contract import assert_same_bits, clustered
+from tests.contract import assert_same_bits
+from tests.inputs import clustered
 from tests.methods.cases import LAYERS, METHODS, SIZES, images, rows
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -36,27 +37,27 @@ FUNCTIONS = {
 NO_ARITHMETIC = {"dart_budget", "from_json", "random_select", "uniform_select", "vtw_layer"}
 
 
-class Watch(TorchFunctionMode):
-    """Whether autocast is on when Python calls torch."""
+class AutocastRecorder(TorchFunctionMode):
+    """Records whether autocast is enabled in each call of torch."""
 
     def __init__(self):
-        self.seen = []
+        self.enabled = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(torch.is_autocast_enabled("cpu"))
+        self.enabled.append(torch.is_autocast_enabled("cpu"))
         return function(*args, **(kwargs or {}))
 
 
-def assert_unmoved(choose):
-    """The same bits, and no arithmetic with autocast on; what is on stays on."""
+def assert_unchanged(choose):
+    """The same bits, and no arithmetic with autocast enabled; it is enabled again afterwards."""
     expected = choose()
-    watch = Watch()
+    recorder = AutocastRecorder()
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_bits(choose(), expected)
-        with watch:
+        with recorder:
             choose()
         assert torch.is_autocast_enabled("cpu")
-    assert watch.seen and not any(watch.seen)
+    assert recorder.enabled and not any(recorder.enabled)
 
 
 def test_every_function_is_called():
@@ -66,7 +67,7 @@ def test_every_function_is_called():
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_functions(function):
-    assert_unmoved(FUNCTIONS[function])
+    assert_unchanged(FUNCTIONS[function])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,13 +75,13 @@ def test_images(method):
     method = METHODS[method]
     single, batch = Image(X, SCORES), Image(*TWO)
     requests = [images(sizes) for sizes in SIZES.values()]
-    assert_unmoved(lambda: [method.select(single), method.select(batch), *map(method.select_each, requests)])
+    assert_unchanged(lambda: [method.select(single), method.select(batch), *map(method.select_each, requests)])
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.layers(LAYERS)])
 def test_prompts(method):
     method, prompts = METHODS[method], rows().values()
-    assert_unmoved(lambda: [kept for row in prompts if (kept := method.at_layer(2, row, LAYERS)) is not None])
+    assert_unchanged(lambda: [kept for row in prompts if (kept := method.at_layer(2, row, LAYERS)) is not None])
 
 
 def test_compile_without_graph_break():
@@ -92,8 +93,8 @@ def test_compile_without_graph_break():
         for device in ("cpu", "cuda"):
             torch.set_autocast_enabled(device, True)
         try:
-            found = compiled()
+            result = compiled()
         finally:
             for device in ("cpu", "cuda"):
                 torch.set_autocast_enabled(device, False)
-        assert_same_bits(found, expected)
+        assert_same_bits(result, expected)

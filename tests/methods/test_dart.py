@@ -15,16 +15,16 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 
 def dart(features, norms, k, text=(), text_norms=(), image_pivots=4, text_pivots=4, compat="paper"):
-    """The definition in loops: lists of vectors and of norms; ascending."""
+    """The definition in loops, on lists of vectors and of norms; ascending."""
     n, pivots = len(features), image_pivots + text_pivots
-    order, said = descending(torch.tensor(norms), n), descending(torch.tensor(text_norms), len(text_norms))
+    order, text_order = descending(torch.tensor(norms), n), descending(torch.tensor(text_norms), len(text_norms))
     kept = min(n, k if compat == "paper" else image_pivots + pivots * (k // pivots))
-    own = order[: min(image_pivots, kept)]
-    said = [t for t in said if text_norms[t] != -math.inf][:text_pivots]
-    turns = [(norms[i], features[i]) for i in own] + [(text_norms[t], text[t]) for t in said]
+    from_image = order[: min(image_pivots, kept)]
+    from_text = [t for t in text_order if text_norms[t] != -math.inf][:text_pivots]
+    turns = [(norms[i], features[i]) for i in from_image] + [(text_norms[t], text[t]) for t in from_text]
     turns = [turns[i][1] for i in descending(torch.tensor([norm for norm, _ in turns]), len(turns))]
-    turns += [features[order[0]]] * (len(own) + text_pivots - len(turns))
-    taken, rest = set(own), kept - len(own)
+    turns += [features[order[0]]] * (len(from_image) + text_pivots - len(turns))
+    taken, rest = set(from_image), kept - len(from_image)
     for turn, pivot in enumerate(turns):
         quota = rest // len(turns) + (turn < rest % len(turns)) if compat == "paper" else k // pivots
         for _ in range(min(quota, kept - len(taken))):
@@ -38,15 +38,15 @@ def dart(features, norms, k, text=(), text_norms=(), image_pivots=4, text_pivots
 
 
 @pytest.mark.parametrize("compat", ["paper", "official"])
-@pytest.mark.parametrize("tokens, said", [(1, 0), (3, 2), (9, 6), (30, 5), (30, 0)])
-def test_selection(compat, tokens, said):
-    generator = torch.Generator().manual_seed(tokens + said)
-    x, text = hard_tokens((2, tokens, 16), seed=tokens), hard_tokens((2, said, 16), seed=100 + said)
+@pytest.mark.parametrize("tokens, text_tokens", [(1, 0), (3, 2), (9, 6), (30, 5), (30, 0)])
+def test_selection(compat, tokens, text_tokens):
+    generator = torch.Generator().manual_seed(tokens + text_tokens)
+    x, text = hard_tokens((2, tokens, 16), seed=tokens), hard_tokens((2, text_tokens, 16), seed=100 + text_tokens)
     norms = torch.randint(0, 6, (2, tokens), generator=generator).float()
-    text_norms = torch.randint(0, 6, (2, said), generator=generator).float()
+    text_norms = torch.randint(0, 6, (2, text_tokens), generator=generator).float()
     if tokens > 4:
         norms[:, 2] = torch.nan
-    if said > 4:
+    if text_tokens > 4:
         text_norms[:, 4] = torch.inf
         text_norms[0, :2] = -torch.inf  # padding
     options = dict(image_pivots=3, text_pivots=4, compat=compat)
@@ -59,7 +59,7 @@ def test_selection(compat, tokens, said):
         assert chosen.shape == (2, dart_budget(k, tokens, 3, 4, compat))
         for (f, n, t, m), row in zip(cases, chosen):
             assert_same_bits(dart_select(f, n, k, text=t, text_norms=m, **options), row)
-        if said == 0:
+        if text_tokens == 0:
             assert_same_bits(dart_select(x, norms, k, **options), chosen)
 
 
@@ -90,7 +90,7 @@ def test_shares_of_the_public_code():
 
 
 def test_public_composition():
-    """As the public code does it, on real values: t lowest cosines a pivot among those left, pivots in norm order."""
+    """The public code on real values: per pivot the t lowest cosines among those left, pivots in order of norm."""
     generator = torch.Generator().manual_seed(0)
     x, norms = torch.randn(60, 8, generator=generator), torch.rand(60, generator=generator)
     image, text = x[:50], x[50:]
@@ -114,14 +114,12 @@ def expected_ranks(method, row, hidden):
     norms = row.key.double().abs().sum((0, 2)).tolist()
     visual, hidden, ranks = row.visual.tolist(), hidden.double().tolist(), []
     for (start, end), size in zip(row.images, row.sizes):
-        own = visual[start:end]
-        after = [i for i in range(len(hidden)) if i > own[-1] and i not in visual]
-        asked = (
-            max(1, math.floor(method.keep * size + 0.5)) if isinstance(method.keep, float) else min(method.keep, size)
-        )
-        parts = [[hidden[i] for i in own], [norms[i] for i in own]]
+        image = visual[start:end]
+        after = [i for i in range(len(hidden)) if i > image[-1] and i not in visual]
+        k = max(1, math.floor(method.keep * size + 0.5)) if isinstance(method.keep, float) else min(method.keep, size)
+        parts = [[hidden[i] for i in image], [norms[i] for i in image]]
         text = [[hidden[i] for i in after], [norms[i] for i in after]]
-        ranks += [start + i for i in dart(*parts, asked, *text, compat=method.compat)]
+        ranks += [start + i for i in dart(*parts, k, *text, compat=method.compat)]
     return ranks
 
 
@@ -190,7 +188,7 @@ def test_layers():
         (dict(features=torch.ones(5)), "features must be float32"),
     ],
 )
-def test_refusals(change, message):
+def test_bad_arguments(change, message):
     arguments = dict(features=torch.ones(5, 3), norms=torch.ones(5), k=2) | change
     with pytest.raises(ValueError, match=r"pruneops\.methods\.dart_select: .*" + message):
         dart_select(**arguments)

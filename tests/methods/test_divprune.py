@@ -1,4 +1,4 @@
-"""DivPrune: its start and its steps against their definition."""
+"""DivPrune: start and steps against their definition."""
 
 import math
 
@@ -27,14 +27,14 @@ def start(features):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_selection(tokens, dtype):
     x = hard_tokens((4, tokens, 16), seed=tokens).to(dtype)
-    assert divprune_start(x).tolist() == [start(own) for own in x]
+    assert divprune_start(x).tolist() == [start(image) for image in x]
     for k in {1, (tokens + 1) // 2, tokens}:
         chosen = DivPrune(keep=k).select(Image(x))
         assert chosen.dtype == torch.int64
-        assert chosen.tolist() == [farthest_first(own, k, start(own)) for own in x]
-        for own, row in zip(x, chosen):
-            assert_same_bits(DivPrune(keep=k).select(Image(own)), row)
-            assert_same_bits(divprune_select(own, k), row)
+        assert chosen.tolist() == [farthest_first(image, k, start(image)) for image in x]
+        for image, row in zip(x, chosen):
+            assert_same_bits(DivPrune(keep=k).select(Image(image)), row)
+            assert_same_bits(divprune_select(image, k), row)
 
 
 def test_steps_without_odd_tokens():
@@ -64,7 +64,7 @@ def test_odd_tokens():
 
 @pytest.mark.parametrize("block", [4, 8, 16])
 def test_neighbours_behind_it(block, monkeypatch):
-    """A token whose neighbours all have negative similarity; itself and a NaN do not count among them."""
+    """A token whose neighbours all have negative similarity; itself and a NaN are no neighbours."""
     monkeypatch.setattr(divprune, "BLOCK", block)
     assert divprune_start(torch.tensor([[-1.0, 1], [-1, -1], [1, 0], [torch.nan, 0]])) == 2
 

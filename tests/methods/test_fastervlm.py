@@ -18,10 +18,10 @@ def test_selection(dtype):
     x = torch.ones(3, 12, 2)
     for k in (1, 5, 11, 12):
         chosen = FasterVLM(keep=k).select(Image(x, scores))
-        assert chosen.tolist() == [sorted(descending(own, k)) for own in scores]
-        for own, row in zip(scores, chosen):
-            assert_same_bits(fastervlm_select(own, k), row)
-            assert_same_bits(FasterVLM(keep=k).select(Image(x[0], own)), row)
+        assert chosen.tolist() == [sorted(descending(row, k)) for row in scores]
+        for score, row in zip(scores, chosen):
+            assert_same_bits(fastervlm_select(score, k), row)
+            assert_same_bits(FasterVLM(keep=k).select(Image(x[0], score)), row)
     assert fastervlm_select(scores, 0).shape == (3, 0)
 
 

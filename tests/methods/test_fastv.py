@@ -1,10 +1,10 @@
-"""FastV: attention received, from the last row or from all, against the whole softmax."""
+"""FastV: attention received, from the last row or from all, against the full softmax matrix."""
 
 import pytest
 import torch
 
 from pruneops.methods import FastV, fastv_scores, fastv_select
-from tests.methods.oracles import assert_greatest, attention, descending, prompt
+from tests.methods.oracles import assert_highest, attention, descending, prompt
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -38,8 +38,8 @@ def test_prompt(rows, keep, images):
     kept = method.at_layer(2, row, 4)
     scores = scores_of(row, rows)[row.visual]
     for start, end in row.images:
-        own = kept[(kept >= start) & (kept < end)] - start
-        assert_greatest(own, scores[start:end], method.budget(end - start))
+        ranks = kept[(kept >= start) & (kept < end)] - start
+        assert_highest(ranks, scores[start:end], method.budget(end - start))
     assert kept.tolist() == sorted(kept.tolist())
 
 
@@ -51,7 +51,7 @@ def test_everything_kept():
 
 
 def test_equal_attention():
-    """With queries that tell no key from another, the first tokens are kept."""
+    """With equal attention to all keys, the first tokens are kept."""
     row = prompt([10])
     assert FastV(keep=4, rows="last").at_layer(2, row._replace(query=row.query * 0), 4).tolist() == [0, 1, 2, 3]
 
@@ -59,7 +59,7 @@ def test_equal_attention():
 def test_select():
     scores = torch.tensor([[1.0, 3, 3, torch.nan, 2, torch.inf, -torch.inf], [0.0] * 7])
     for k in range(8):
-        assert fastv_select(scores, k).tolist() == [sorted(descending(own, k)) for own in scores]
+        assert fastv_select(scores, k).tolist() == [sorted(descending(row, k)) for row in scores]
 
 
 def test_layers():

@@ -1,4 +1,4 @@
-"""Methods whose budgets follow from sizes never make the host wait for the device; ToDRE's stage 2 does once."""
+"""Methods whose budgets depend on sizes only cause no host synchronisation; ToDRE's stage 2 causes one."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_images(method, sizes):
     with no_host_sync(HERE):
         chosen = method.select_each(request)
     expected = method.budget if method.after_projector else int
-    assert [len(own) for own in chosen] == [expected(size) for size in sizes]
+    assert [len(indices) for indices in chosen] == [expected(size) for size in sizes]
     assert_same_bits(chosen, [method.select(image) for image in request])
 
 
@@ -36,13 +36,13 @@ def test_batches_and_videos(method):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("row", rows().values(), ids=rows())
-@pytest.mark.parametrize("method", [own for own in METHODS.values() if own.layers(LAYERS)], ids=lambda own: own.name)
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if m.layers(LAYERS)], ids=lambda m: m.name)
 def test_prompts(method, row):
     """Of every shape: without text, without images, with images of which nothing is left."""
     with no_host_sync(HERE):
         kept = method.at_layer(2, row, LAYERS)
     left = [end - start for start, end in row.images]
-    expected = [min(method.budget(size), own) for size, own in zip(row.sizes, left)]
+    expected = [min(method.budget(size), count) for size, count in zip(row.sizes, left)]
     if expected == left:
         assert kept is None
     else:
@@ -54,13 +54,13 @@ def test_prompts(method, row):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("row", rows().values(), ids=rows())
 def test_stage_2(row):
-    """Its decision is the one thing that is read, at layers that decide and where there is anything to decide."""
+    """Only its decision is read, at its layers and if the prompt has visual tokens."""
     for tau in (0.0, 1.5):
         method = ToDRE(keep=1.0, depths=STAGE_2.depths, tau=tau)
         for layer, expected in ((1, 0), (2, 1 if len(row.visual) else 0)):
-            with host_syncs(HERE) as found:
+            with host_syncs(HERE) as places:
                 method.at_layer(layer, row, LAYERS)
-            assert len(found) == expected and all("todre.py" in place for place in found), found
+            assert len(places) == expected and all("todre.py" in place for place in places), places
     assert method.layers(LAYERS) == (2,)
 
 
@@ -76,7 +76,7 @@ FUNCTIONS = {
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions(function):
-    """Those that adapters call themselves."""
+    """Functions that adapters call directly."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 12, 16, generator=generator), torch.rand(2, 12, generator=generator)
     with no_host_sync(HERE):
@@ -98,7 +98,7 @@ def test_operators_of_todre(sizes, calls, monkeypatch):
     """One call for all images, and starts of images go to the device only where images differ."""
     called = []
 
-    def watched(name, original):
+    def recorded(name, original):
         def call(x, *args, **kwargs):
             called.append(f"{name} {list(x.shape)}")
             return original(x, *args, **kwargs)
@@ -106,7 +106,7 @@ def test_operators_of_todre(sizes, calls, monkeypatch):
         return call
 
     for name in ("kcenter", "kcenter_varlen"):
-        monkeypatch.setattr(todre, name, watched(name, getattr(todre, name)))
+        monkeypatch.setattr(todre, name, recorded(name, getattr(todre, name)))
     METHODS["todre"].select_each(images(sizes))
     assert called == calls
 
@@ -114,7 +114,7 @@ def test_operators_of_todre(sizes, calls, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_cuda(method):
-    """As CUDA sees it."""
+    """By CUDA's own detection of synchronisations."""
 
     def run():
         for request in requests:
@@ -123,14 +123,14 @@ def test_cuda(method):
             method.at_layer(2, row, LAYERS)
 
     requests = [
-        [own._replace(features=own.features.cuda(), cls_attention=own.cls_attention.cuda()) for own in images(sizes)]
+        [x._replace(features=x.features.cuda(), cls_attention=x.cls_attention.cuda()) for x in images(sizes)]
         for sizes in SIZES.values()
     ]
     tensors = ("hidden", "query", "key", "visual")
     prompts = [row._replace(**{name: getattr(row, name).cuda() for name in tensors}) for row in rows().values()]
     if "norm" in method.needs:
         prompts = [row._replace(norm=lambda hidden: hidden * 2) for row in prompts]
-    run()  # kernels are loaded, pinned memory is there
+    run()  # loads kernels, allocates pinned memory
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()

@@ -1,4 +1,4 @@
-"""What all methods share: settings and their JSON, budgets, refusals, no look at values."""
+"""All methods: settings and their JSON, budgets, errors, independence of values."""
 
 import dataclasses
 import json
@@ -108,7 +108,7 @@ def test_frozen():
         ),
     ],
 )
-def test_json_that_is_refused(text, message):
+def test_bad_json(text, message):
     with pytest.raises(ValueError, match=rf"pruneops\.methods\.from_json: {message}"):
         from_json(text)
 
@@ -178,7 +178,7 @@ def test_counts_are_capped():
             Uniform(keep=3).budget(tokens)
 
 
-# What every method does alike
+# Properties of every method
 
 PRUNE_IMAGES = [method for method in SETTINGS if method.after_projector]
 
@@ -296,7 +296,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row, message", ROWS, ids=[message for _, message in ROWS])
-def test_rows_that_are_refused(row, message):
+def test_bad_rows(row, message):
     with pytest.raises(ValueError, match=r"methods\.FastV: " + message):
         FastV(keep=2).at_layer(2, row, 4)
     assert FastV(keep=2).at_layer(1, row, 4) is None  # not its layer

@@ -21,7 +21,7 @@ def test_batch_and_lists_number_their_images():
     single = [method.select(Image(x[0], index=i)).tolist() for i in range(6)]
     assert len(set(map(tuple, single))) == 6
     assert method.select(Image(x, index=2)).tolist() == single[2:6]
-    assert [own.tolist() for own in method.select_each([Image(x[0])] * 6)] == single
+    assert [indices.tolist() for indices in method.select_each([Image(x[0])] * 6)] == single
 
 
 def test_seeds_differ_and_leave_the_global_generator_alone():

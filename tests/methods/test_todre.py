@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pruneops.methods import Image, ToDRE, todre_pivot, todre_ratios, todre_select, todre_select_varlen
-from tests.contract import assert_same_bits, clustered
+from tests.contract import assert_same_bits
+from tests.inputs import clustered
 from tests.methods.oracles import attention, descending, farthest_first, hard_tokens, prompt
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -17,10 +18,10 @@ def test_stage_1(tokens, dtype):
     scores = torch.randint(0, 5, (3, tokens), generator=torch.Generator().manual_seed(tokens)).float()
     for k in {1, (tokens + 1) // 2, max(tokens - 1, 1), tokens}:
         chosen = ToDRE(keep=k).select(Image(x, scores))
-        expected = [farthest_first(own, k, descending(score, 1)[0]) for own, score in zip(x, scores)]
+        expected = [farthest_first(image, k, descending(score, 1)[0]) for image, score in zip(x, scores)]
         assert chosen.dtype == torch.int64 and chosen.tolist() == expected
-        for own, score, row in zip(x, scores, chosen):
-            assert_same_bits(ToDRE(keep=k).select(Image(own, score)), row)
+        for image, score, row in zip(x, scores, chosen):
+            assert_same_bits(ToDRE(keep=k).select(Image(image, score)), row)
 
 
 def test_copies_are_not_chosen_twice():
@@ -56,12 +57,12 @@ def test_pivot_of_a_video():
     for _ in range(20):
         attention = torch.randint(0, 6, (4, 5), generator=generator).float()
         best = [descending(frame, 1)[0] for frame in attention]
-        frame = descending(torch.stack([own[b] for own, b in zip(attention, best)]), 1)[0]
+        frame = descending(torch.stack([frame[b] for frame, b in zip(attention, best)]), 1)[0]
         assert todre_pivot(torch.ones(20, 3), attention.flatten(), frames=4) == frame * 5 + best[frame]
 
 
-def test_stand_ins():
-    """The norm where there is no attention, or where it is asked for."""
+def test_substitutes():
+    """The norm, without attention or on request."""
     x = torch.tensor([[1.0, 0], [3, 4], [0, -5], [torch.nan, 9], [0, 3e38]])
     assert todre_pivot(x) == 1
     scores = torch.tensor([0.0, 0, 0, 1, 0])
@@ -83,7 +84,7 @@ def test_images_of_different_sizes(keep):
     images.append(Image(hard_tokens((10, 16), seed=9), None, frames=2))
     method = ToDRE(keep=keep)
     assert_same_bits(method.select_each(images), [method.select(image) for image in images])
-    assert [len(own) for own in method.select_each(images)] == [method.budget(n) for n in (7, 0, 1, 12, 4, 10)]
+    assert [len(indices) for indices in method.select_each(images)] == [method.budget(n) for n in (7, 0, 1, 12, 4, 10)]
     assert method.select_each([]) == []
 
 
@@ -104,9 +105,9 @@ def ratios(query, key, group):
 
     def share(of, to):
         over = part = 0.0
-        for i, own in enumerate(group):
+        for i, one in enumerate(group):
             for j, other in enumerate(group):
-                if own == of and not weights[:, i, j].isnan().any():
+                if one == of and not weights[:, i, j].isnan().any():
                     over += float(weights[:, i, j].sum())
                     part += float(weights[:, i, j].sum()) * (other == to)
         return part / over if over else 0.0
@@ -130,13 +131,13 @@ def test_ratios(group):
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 9, 8, generator=generator), torch.randn(2, 2, 9, 8, generator=generator)
     group = torch.tensor(group)
-    found = torch.stack(todre_ratios(query, key, group.expand(2, -1)), -1)
+    result = torch.stack(todre_ratios(query, key, group.expand(2, -1)), -1)
     expected = torch.tensor([ratios(q, k, group) for q, k in zip(query, key)])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     if not ((group == 2).cumsum(0) * (group == 1)).any():
-        assert (found[:, 1] == 0).all()  # exactly: nobody sees what comes later
-    for own_query, own_key, own in zip(query, key, found):
-        torch.testing.assert_close(torch.stack(todre_ratios(own_query, own_key, group)), own)
+        assert (result[:, 1] == 0).all()  # exactly, under the causal mask
+    for one_query, one_key, pair in zip(query, key, result):
+        torch.testing.assert_close(torch.stack(todre_ratios(one_query, one_key, group)), pair)
 
 
 def test_layers():
@@ -172,7 +173,7 @@ def test_removal():
 
 @pytest.mark.parametrize("images, between, after, greater", [([6, 2], 1, 6, "vision"), ([1, 6], 8, 1, "text")])
 def test_removal_needs_both_ratios(images, between, after, greater):
-    """Text between the images: the second image looks at it."""
+    """Text between the images: the second image attends to it."""
     row = prompt(images, between=between, after=after)
     group = torch.full((len(row.hidden),), 2).index_fill(0, row.visual, 1)
     group[:3] = 0
@@ -183,10 +184,10 @@ def test_removal_needs_both_ratios(images, between, after, greater):
 
 
 def test_nothing_to_remove():
-    everything = ToDRE(keep=0.5, tau=2)
-    assert everything.at_layer(1, prompt([3]), 2).tolist() == []
-    assert everything.at_layer(1, prompt([3], after=0), 2) is None  # no text after the image
-    assert everything.at_layer(1, prompt([]), 2) is None
+    always = ToDRE(keep=0.5, tau=2)
+    assert always.at_layer(1, prompt([3]), 2).tolist() == []
+    assert always.at_layer(1, prompt([3], after=0), 2) is None  # no text after the image
+    assert always.at_layer(1, prompt([]), 2) is None
 
 
 def test_nan_keeps():

@@ -25,7 +25,7 @@ def test_images():
     assert Uniform(keep=3).select(Image(x)).tolist() == [[1, 4, 7]] * 2
     assert Uniform(keep=3).select(Image(x[0])).tolist() == [1, 4, 7]
     assert Uniform(keep=3).select(Image(x[:0])).shape == (0, 3)
-    assert [len(own) for own in Uniform(keep=0.5).select_each([Image(x[0]), Image(x[0, :2])])] == [5, 1]
+    assert [len(indices) for indices in Uniform(keep=0.5).select_each([Image(x[0]), Image(x[0, :2])])] == [5, 1]
     for k in (-1, 4):
         with pytest.raises(ValueError, match=f"uniform_select: k must be 0 to the 3 tokens, got {k}"):
             uniform_select(3, k)

@@ -10,28 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pruneops
-from tests import contract, cuda_checks, strategies
+from tests import contract, strategies
 from tests.attention import (
-    ATTENTION_TYPES,
     EDGES,
-    LAYOUTS,
     SHAPES,
-    attention,
-    attention_errors,
-    counting,
     exact_attention,
-    live,
     native_memory,
-    ranked,
-    real,
-    runs,
     shapes,
     small_tiles,
     smaller,
-    spoiled,
-    triton_forms,
     triton_memory,
+    triton_specializations,
     unbatched,
+    valid_masks,
 )
 from tests.contract import (
     CUDA_KERNELS,
@@ -46,7 +37,10 @@ from tests.contract import (
     on_targets,
     size,
 )
-from tests.invalid_calls import InvalidCall, assert_type_error, bools, invalid
+from tests.inputs import DTYPES, HEAD_LAYOUTS, LAYOUTS, counting, poison, ranked, real, runs, small_integers
+from tests.invalid_calls import bools
+from tests.oracles import attention, masked_attention
+from tests.specs import attention_received as spec
 from tests.strategies import laid_out
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, check_dtype=False)
@@ -58,19 +52,12 @@ def received_by(target, query, key, **options):
     return received
 
 
-def float64_attention(query, key, query_mask=None, key_mask=None, **options):
-    """(probabilities [.., H, Sq, Sk], lse [.., H, Sq])"""
-    masks = ((query, query_mask), (key, key_mask))
-    everyone = (torch.ones(*t.shape[:-3], t.shape[-2], dtype=torch.bool) if m is None else m for t, m in masks)
-    return attention(query, key, *everyone, **options)
-
-
 def float64_received(query, key, **options):
-    return float64_attention(query, key, **options)[0].sum(-2)
+    return masked_attention(query, key, **options)[0].sum(-2)
 
 
 def float64_lse(query, key, **options):
-    return float64_attention(query, key, **options)[1].float()
+    return masked_attention(query, key, **options)[1].float()
 
 
 def random_masks(shape, seed=0):
@@ -97,7 +84,7 @@ def real_cases(draw):
     """(query, key, options)"""
     shape = B, _, _, Sq, Sk, _ = draw(shapes(widths=(1, 16, 33)))
     generator = draw(strategies.generators)
-    masks = {name: draw(live((B, S), generator)) for name, S in (("query_mask", Sq), ("key_mask", Sk))}
+    masks = {name: draw(valid_masks((B, S), generator)) for name, S in (("query_mask", Sq), ("key_mask", Sk))}
     return *real(*shape), {**masks, "causal": draw(st.booleans())}
 
 
@@ -112,7 +99,7 @@ def assert_exact(target, query, key, options):
 
 @every_backend
 def test_known_answer(target):
-    """Stands on no other code: softmax of (2, 1) and of (3, 1, 3), then with masks and with lse given."""
+    """Written by hand: softmax of (2, 1) and of (3, 1, 3), then with masks and with lse given."""
     query, key = torch.tensor([2.0, 3.0]).log().view(1, 2, 1), torch.tensor([1.0, 0, 1]).view(1, 3, 1)
     exactly = functools.partial(close, rtol=4 * EPS, atol=0)
     mask, key_mask, lse = (
@@ -133,7 +120,7 @@ def test_known_answer(target):
 @every_backend
 @given(case=exact_cases())
 def test_exact_inputs(target, case):
-    """One right answer: padding that holds anything, strides, dtypes, heads, masks, alignments of the causal mask."""
+    """One right answer: poisoned padding, strides, dtypes, heads, masks, alignments of the causal mask."""
     assert_exact(target, *case)
 
 
@@ -149,7 +136,7 @@ def test_many_tiles(target, shape, kind):
 
 
 @every_backend
-@pytest.mark.parametrize(("shape", "dtype"), [*zip(SHAPES, itertools.cycle(strategies.DTYPES))], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [*zip(SHAPES, itertools.cycle(DTYPES))], ids=str)
 def test_real_values(target, shape, dtype):
     """Error at most twice the reference's, the same bits on every call."""
     shape = smaller(target, shape)
@@ -199,7 +186,7 @@ def test_equal_logits(target):
 @every_backend
 @pytest.mark.parametrize("keys", [5, 300])
 def test_one_visible_key(target, keys):
-    """It gets everything from every query."""
+    """It receives all attention of every query."""
     query, key = real(2, 4, 2, 20, keys, 24)
     key_mask = torch.arange(keys) == torch.tensor([[2], [0]])
     received = received_by(target, query, key, key_mask=key_mask, causal=False)
@@ -237,7 +224,7 @@ def test_hard_softmax(target, height):
 def test_products_past_half_precision(target):
     """Features of hundreds: products that float16 does not hold."""
     generator = torch.Generator().manual_seed(0)
-    query, key = (contract.small_integers((2, S, 128), generator, 300).half() for S in (40, 70))
+    query, key = (small_integers((2, S, 128), generator, 300).half() for S in (40, 70))
     received = received_by(target, query, key, causal=False)
     truth = float64_received(query, key, causal=False)
     highest = float((query.double() @ key.double().mT).max())
@@ -245,14 +232,14 @@ def test_products_past_half_precision(target):
     close(received, truth, rtol=4 * EPS * highest * 128**-0.5, atol=1e-6)  # the rounding of lse
 
 
-# What must not matter, and what must show
+# What changes nothing, and what propagates
 
 
 @every_backend
 @pytest.mark.parametrize("given_lse", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 2, 70, 90, 16), (2, 4, 2, 1, 90, 16)], ids=str)
 def test_padding_changes_no_bit(target, shape, given_lse):
-    """Queries that are not marked and keys that nobody sees, with anything in them; so an lse that is not asked for."""
+    """Poisoned queries and keys that masks exclude, and the lse of such queries."""
     query, key = real(*shape)
     masks = random_masks(shape)
     query_mask, key_mask = masks["query_mask"][:, None], masks["key_mask"][:, None]
@@ -260,9 +247,9 @@ def test_padding_changes_no_bit(target, shape, given_lse):
     clean = bad = {}
     if given_lse:
         clean = {"lse": float64_lse(query, key, **masks)}
-        bad = {"lse": spoiled(clean["lse"], query_mask, generator)}
+        bad = {"lse": poison(clean["lse"], query_mask, generator)}
     plain = received_by(target, query, key, **masks, **clean)
-    query, key = spoiled(query, query_mask[..., None], generator), spoiled(key, key_mask[..., None], generator)
+    query, key = poison(query, query_mask[..., None], generator), poison(key, key_mask[..., None], generator)
     assert_same_bits(received_by(target, query, key, **masks, **bad), plain)
 
 
@@ -270,8 +257,8 @@ def test_padding_changes_no_bit(target, shape, given_lse):
 @pytest.mark.parametrize("given_lse", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("queries", [1, 2, 40])
-def test_special_values_show(target, queries, bad, given_lse):
-    """In the keys that meet it, or that its rows see where lse is not given; all others keep their bits."""
+def test_special_values_propagate(target, queries, bad, given_lse):
+    """In the keys whose logits hold it, or that its rows see where lse is not given; all others keep their bits."""
     query, key = real(2, 4, 2, queries, 50, 16)
     options = {"lse": float64_lse(query, key)} if given_lse else {}
     before = received_by(target, query, key, **options)
@@ -288,7 +275,7 @@ def test_special_values_show(target, queries, bad, given_lse):
 
 @every_backend
 def test_given_lse(target):
-    """That of attention_mass; any other is taken at its word, and of any strides."""
+    """That of attention_mass; any other is used as it is, with any strides."""
     shape = 2, 4, 2, 30, 70, 24
     query, key = real(*shape)
     masks = random_masks(shape)
@@ -297,25 +284,25 @@ def test_given_lse(target):
     lse = call(target, "attention_mass", query, key, *groups, 1).lse
     close(received_by(target, query, key, **masks, lse=lse), received)
     close(received_by(target, query, key, **masks, lse=lse + 3), received * math.exp(-3))
-    lse = LAYOUTS["strided features"](lse.where(lse != -torch.inf, torch.nan))  # of queries that are not marked
+    lse = HEAD_LAYOUTS["strided features"](lse.where(lse != -torch.inf, torch.nan))  # of queries that are not marked
     close(received_by(target, query, key, **masks, lse=lse), received)
 
 
 @every_backend
 @pytest.mark.parametrize("given_lse", [False, True])
-def test_batch_rows_do_not_meet(target, given_lse):
+def test_batch_rows_are_independent(target, given_lse):
     def answer(query, key, query_mask, key_mask, lse):
         lse = lse if given_lse else None
         return received_by(target, query, key, query_mask=query_mask, key_mask=key_mask, lse=lse)
 
     for shape in ((3, 4, 2, 40, 60, 16), (3, 2, 1, 1, size(target, 3000, 600), 16)):
-        rows = form_inputs(0, shape)
+        rows = spec.inputs(0, shape)
         alone = answer(*rows)[1]
         for neighbour in (torch.nan, 0.0, 1e4):
-            crowded = [torch.full_like(t, neighbour if t.is_floating_point() else 1) for t in rows]
-            for theirs, mine in zip(crowded, rows):
-                theirs[1] = mine[1]
-            assert_same_bits(answer(*crowded)[1], alone)
+            batch = [torch.full_like(t, neighbour if t.is_floating_point() else 1) for t in rows]
+            for tensor, values in zip(batch, rows):
+                tensor[1] = values[1]
+            assert_same_bits(answer(*batch)[1], alone)
         single = answer(*(t[1] for t in rows))
         (close if target.backend == "reference" else assert_same_bits)(single, alone)
 
@@ -324,34 +311,17 @@ def test_batch_rows_do_not_meet(target, given_lse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 4, 2, 20, 50, 64), (2, 4, 2, 1, 50, 64)], ids=str)
 def test_strides_change_no_bit(target, shape, dtype):
-    query, key, *masks, lse = form_inputs(0, shape, dtype)
+    query, key, *masks, lse = spec.inputs(0, shape, dtype)
 
     def both(query, key, query_mask, key_mask, lse):
         masks = {"query_mask": query_mask, "key_mask": key_mask}
         return received_by(target, query, key, **masks), received_by(target, query, key, **masks, lse=lse)
 
     plain = both(query, key, *masks, lse)
-    for name in LAYOUTS.keys() - {"one head"}:
-        side = strategies.LAYOUTS.get(name, torch.clone)
-        own = *(LAYOUTS[name](t) for t in (query, key)), *(side(t) for t in (*masks, lse))
+    for name in HEAD_LAYOUTS.keys() - {"one head"}:
+        side = LAYOUTS.get(name, torch.clone)
+        own = *(HEAD_LAYOUTS[name](t) for t in (query, key)), *(side(t) for t in (*masks, lse))
         assert_same_bits(both(*own), plain)
-
-
-@on_targets(NATIVE)
-def test_threads_change_no_bit(target):
-    for shape in ((2, 4, 2, 200, 300, 40), (1, 4, 4, 1, 3000, 40)):
-        inputs = form_inputs(0, shape)
-        with pruneops.backend(target.backend):
-            contract.assert_threads_change_no_bit(lambda inputs=inputs: every_form(*inputs))
-
-
-@on_targets(REFERENCE, NATIVE)
-def test_threads_of_a_program(target):
-    """Calls from several threads at once give the answers of calls in turn."""
-    calls = [functools.partial(every_form, *form_inputs(seed, (2, 4, 2, 50, 90, 20))) for seed in range(4)]
-    results = contract.run_concurrently(target, calls)
-    with pruneops.backend(target.backend):
-        assert_same_bits(results, [call() for call in calls])
 
 
 # Relations between answers
@@ -365,8 +335,8 @@ def test_sums(target, case):
     query, key, options = case
     received = received_by(target, query, key, **options)
     masks = options["query_mask"], options["key_mask"]
-    sighted = attention(query, key, *masks, causal=options["causal"])[1].isfinite()
-    close(received.sum(-1), sighted.sum(-1))
+    has_key = attention(query, key, *masks, causal=options["causal"])[1].isfinite()
+    close(received.sum(-1), has_key.sum(-1))
     assert (received.where(masks[1][:, None], 0.0) == received).all()
     odd = torch.arange(query.shape[2]) % 2 == 1
     parts = (received_by(target, query, key, **{**options, "query_mask": masks[0] & part}) for part in (odd, ~odd))
@@ -377,16 +347,16 @@ def test_sums(target, case):
 @given(case=real_cases(), more=st.integers(1, 40))
 @settings(max_examples=8)
 def test_padding_and_order_of_heads(target, case, more):
-    """Keys that nobody sees on the left, masked tokens on the right, heads in another order."""
+    """Masked keys on the left, masked tokens on the right, heads in another order."""
     query, key, options = case
     received = received_by(target, query, key, **options)
     more_keys, more_queries = key[:, :, :1].expand(-1, -1, more, -1), query[:, :, :1].expand(-1, -1, more, -1)
-    nobody = torch.zeros(len(key), more, dtype=torch.bool)
-    left = {**options, "key_mask": torch.cat([nobody, options["key_mask"]], 1)}
+    padding = torch.zeros(len(key), more, dtype=torch.bool)
+    left = {**options, "key_mask": torch.cat([padding, options["key_mask"]], 1)}
     padded = received_by(target, query, torch.cat([more_keys, key], 2), **left)
     close(padded[..., more:], received)
     assert (padded[..., :more] == 0).all()
-    right = {name: torch.cat([options[name], nobody], 1) for name in ("query_mask", "key_mask")}
+    right = {name: torch.cat([options[name], padding], 1) for name in ("query_mask", "key_mask")}
     padded = received_by(
         target, torch.cat([query, more_queries], 2), torch.cat([key, more_keys], 2), **{**options, **right}
     )
@@ -394,26 +364,6 @@ def test_padding_and_order_of_heads(target, case, more):
     H, Hk = query.shape[1], key.shape[1]
     heads = torch.arange(H).view(Hk, -1).flip(0, 1).flatten()
     close(received_by(target, query[:, heads], key.flip(1), **options), received[:, heads])
-
-
-def every_form(query, key, query_mask, key_mask, lse):
-    """All forms of a call: all rows and some, with lse given, unmasked, decode, unbatched."""
-    masks = {"query_mask": query_mask, "key_mask": key_mask}
-    return (
-        pruneops.attention_received(query, key),
-        pruneops.attention_received(query, key, **masks),
-        pruneops.attention_received(query, key, **masks, lse=lse),
-        pruneops.attention_received(query[:, :, -1:], key, key_mask=key_mask),
-        pruneops.attention_received(query[0], key[0], query_mask=query_mask[0], causal=False, scale=0.1),
-    )
-
-
-def form_inputs(seed, shape=(2, 4, 2, 300, 500, 64), dtype=torch.float32):
-    """[query, key, query_mask, key_mask, lse]"""
-    lse = torch.randn(shape[:2] + shape[3:4], generator=torch.Generator().manual_seed(seed))
-    masks = random_masks(shape, seed)
-    masks["query_mask"][:, -1] = True
-    return [*real(*shape, seed, dtype), *masks.values(), lse]
 
 
 # Edges
@@ -427,14 +377,6 @@ def test_edges(target, shape):
     query, key = real(*shape)
     for options in ({}, {"query_mask": bools(B, Sq), "causal": False}, {"lse": torch.zeros(B, H, Sq)}):
         close(received_by(target, query, key, **options), float64_received(query, key, **options))
-
-
-@every_backend
-def test_no_gradient(target):
-    query, key, *others = contract.to_device(form_inputs(0, (2, 4, 2, 5, 7, 4)), target.device)
-    with pruneops.backend(target.backend):
-        results = every_form(query.requires_grad_(), key.requires_grad_(), *others)
-    assert not any(result.requires_grad for result in results)
 
 
 @on_targets(*contract.CPU_TARGETS)
@@ -462,11 +404,11 @@ def test_memory(target):
 
 
 @on_targets(*TRITON_TARGETS)
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("full_d", [False, True])
 @pytest.mark.parametrize("shape", [(1, 4, 2, 45, 70, 33), (1, 7, 1, 20, 40, 16), (1, 8, 2, 2, 150, 20)], ids=str)
-def test_triton_small_tiles(target, shape, whole, monkeypatch):
+def test_triton_small_tiles(target, shape, full_d, monkeypatch):
     """Many blocks in every loop of the kernels, keys split over programs in decode."""
-    small_tiles(monkeypatch, whole, shape[1] // shape[2])
+    small_tiles(monkeypatch, full_d, shape[1] // shape[2])
     for kind, causal in ((ranked, True), (counting, True), (counting, False)):
         query, key, options = kind(*shape, torch.Generator().manual_seed(0))
         assert_exact(target, query, key, {**options, **random_masks(shape), "causal": causal})
@@ -479,38 +421,16 @@ def test_triton_small_tiles(target, shape, whole, monkeypatch):
 def test_triton_normaliser_is_no_logarithm(target, queries):
     """One visible key gets exactly 1 from every query, at logits of all sizes: a logarithm would round by their ulp."""
     generator = torch.Generator().manual_seed(0)
-    query, key = (contract.small_integers((20, heads, S, 64), generator) for heads, S in ((4, queries), (2, 70)))
-    key_mask = torch.arange(70) == torch.arange(20)[:, None] * 3
+    query, key = (small_integers((7, heads, S, 64), generator) for heads, S in ((4, queries), (2, 70)))
+    key_mask = torch.arange(70) == torch.arange(7)[:, None] * 11
     received = received_by(target, query, key, key_mask=key_mask, causal=False, scale=1.7)
     assert_same_bits(received, (1.0 * queries * key_mask)[:, None].expand(-1, 4, -1))
 
 
-TRITON_LAUNCHES = """
-from pruneops.triton_kernels import attention_received as kernels
-
-for Sq, Sk in ((50, 50), (51, 70), (1000, 3001), (64, 32), (1, 1), (1, 17), (1, 3000)):
-    query, key = (torch.ones(3, S, h, 64, dtype=torch.bfloat16) for S, h in ((Sq, 4), (Sk, 2)))
-    marked, seen = (torch.ones(3, S, dtype=torch.bool) for S in (Sq, Sk))
-    for batch in (1, 3):
-        args = [t[:batch].transpose(1, 2) for t in (query, key)]
-        for masks in ((None, None), (marked[:batch], seen[:batch])):
-            kernels.attention_received(*args, *masks, Sq > 1, 0.1, None)
-            kernels.attention_received(*args, *masks, Sq > 1, 0.2, torch.ones(3, 4, Sq)[:batch])
-"""
-
-
-def test_triton_launchers_compile():
-    """Every form launches as it would on a card; other lengths, batches and scales compile nothing anew."""
-    launched, compiled = contract.triton_launches(TRITON_LAUNCHES)
-    # lists in prefill; sums and the answer without lse, the answer with it
-    assert launched == 2 * 2 * (4 * (3 + 2) + 3 * (2 + 1))
-    assert compiled == 2 * (4 + 3)  # with masks and without, in prefill and in decode
-
-
-def test_triton_layouts_have_one_form():
-    """Another form sums in another order: for a dtype and D there is one, however query and key lie in memory."""
+def test_triton_layouts_share_a_spec():
+    """Another would sum in another order: a dtype and a D have one, for all layouts of query and key."""
     call = "kernels.attention_received(query_now, key_now, query_group > 0, key_group > 0, True, 1.0, None)"
-    assert triton_forms("attention_received", call) == 4 * [3, 2]
+    assert triton_specializations("attention_received", call) == 4 * [3, 2]
 
 
 def test_triton_memory():
@@ -521,99 +441,7 @@ def test_triton_memory():
     assert decode < 4 * 8 * 2**17 + 3e5
 
 
-# Compilation
-
-
-def samples():
-    """(query, key, options)"""
-    query, key, query_mask, key_mask, lse = form_inputs(0, (2, 4, 2, 5, 7, 6))
-    return [
-        (query, key, {}),
-        (query, key, {"query_mask": query_mask, "key_mask": key_mask, "lse": lse, "causal": False}),
-        (LAYOUTS["tokens before heads"](query).half(), key.half(), {"scale": 0.1, "query_mask": query_mask}),
-        (query[0].bfloat16(), LAYOUTS["transposed"](key[0]).bfloat16(), {"key_mask": key_mask[0]}),
-    ]
-
-
-@every_backend
-@pytest.mark.parametrize("sample", range(4))
-def test_opcheck(target, sample):
-    query, key, options = samples()[sample]
-    contract.opcheck(target, "attention_received", query, key, **options)
-
-
-def pruned(x, y, k):
-    """What a model does with the operator: FastV's choice of the keys that the last query attends to most."""
-    query, key = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (x, y))
-    last = torch.arange(x.shape[1], device=x.device).eq(x.shape[1] - 1).expand(x.shape[0], -1)
-    received = pruneops.attention_received(query, key, query_mask=last, key_mask=y[..., 0] > -1)
-    kept = received.mean(1).topk(k).indices.sort().values
-    return y.gather(1, kept[..., None].expand(-1, -1, y.shape[2])) * 2, received
-
-
-@every_backend
-def test_compile_without_graph_break(target):
-    sizes = (12, 19, 3, 2), (20, 20, 7, 4), (31, 40, 16, 6)
-    calls = [(torch.randn(2, Sq, H * 8), torch.randn(2, Sk, H // 2 * 8), k) for Sq, Sk, k, H in sizes]
-    contract.assert_compiles(target, pruned, calls)
-
-
-def test_compile_with_inductor():
-    calls = "[(torch.randn(2, N, 32), torch.randn(2, N + 3, 16), N // 3) for N in (12, 20)]"
-    contract.assert_compiles_with_inductor(__name__, "pruned", calls)
-
-
-# Errors
-
-QUERY, KEY, MARKED, SEEN, _ = form_inputs(0, (2, 4, 2, 5, 6, 8))
-GOOD = {"query": QUERY, "key": KEY}
-BAD = attention_errors("attention_received", GOOD)
-bad = functools.partial(InvalidCall, "attention_received", GOOD)
-BAD += [
-    bad(TypeError, "query_mask", "torch.int64", "bool", query_mask=MARKED.long()),
-    bad(TypeError, "key_mask", "torch.uint8", "bool", key_mask=SEEN.byte()),
-    bad(ValueError, "query_mask", "of shape [2, 6]", "of shape [2, 5]", query_mask=SEEN),
-    bad(ValueError, "query_mask", "of shape [5]", "of shape [2, 5]", query_mask=MARKED[0]),
-    bad(ValueError, "key_mask", "of shape [2, 5]", "of shape [2, 6]", key_mask=MARKED),
-    bad(ValueError, "key_mask", "of shape [2, 4, 6]", "of shape [2, 6]", key_mask=bools(2, 4, 6)),
-    bad(ValueError, "query_mask", "on meta", "on the device of query, cpu", query_mask=MARKED.to("meta")),
-]
-
-
-@invalid(BAD)
-def test_errors(bad):
-    bad.assert_raises()
-
-
-@invalid(BAD)
-def test_errors_without_values(bad):
-    bad.assert_raises_on_fake_tensors()
-
-
-@invalid([bad for bad in BAD if bad.argument == "query_mask" and bad.error is ValueError])
-def test_errors_under_compile(bad):
-    bad.assert_raises_under_compile()
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        *ATTENTION_TYPES,
-        ({"query_mask": [True]}, "query_mask must be Tensor or NoneType, got list"),
-        ({"key_mask": 1}, "key_mask must be Tensor or NoneType, got int"),
-    ],
-)
-def test_errors_of_type(changes, words):
-    assert_type_error("attention_received", {**GOOD, **changes}, words)
-
-
 # CUDA
-
-
-@CUDA_KERNELS
-@cuda_checks.every_check
-def test_cuda(target, check):
-    check(target, every_form, lambda seed: contract.to_device(form_inputs(seed, dtype=torch.bfloat16), "cuda"))
 
 
 @CUDA_KERNELS

@@ -6,7 +6,8 @@ import torch
 import pruneops
 from pruneops import backends
 from tests import contract
-from tests.contract import assert_same_bits, clustered, every_backend, to_device
+from tests.contract import assert_same_bits, every_backend, to_device
+from tests.inputs import clustered
 
 X, PIVOTS = clustered((2, 40, 24)), torch.tensor([[3, 9], [0, 39]])
 QUERY, KEY = clustered((2, 4, 24, 16), seed=1), clustered((2, 2, 24, 16), seed=2)

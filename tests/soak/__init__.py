@@ -1,4 +1,4 @@
-"""Random calls of every operator, held to float64 oracles for as long as told: `python -m tests.soak`."""
+"""Random calls of every operator, compared with float64 oracles: `python -m tests.soak`."""
 
 from . import attention, cosines, selections, token_copy
 

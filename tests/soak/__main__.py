@@ -17,16 +17,17 @@ import torch
 import pruneops
 from pruneops import backends, reference
 from pruneops.ops import OPERATORS
+from tests.inputs import copied, poisoned, storage
+from tests.oracles import differ, first
 
 from . import SOAKS
-from .draws import Random, copied, memory
-from .oracles import differ, first
+from .draws import Random
 
-MOST_FINDINGS = 20  # that are printed
+MAX_FINDINGS = 20  # printed
 
 
-class Dead(Exception):
-    """The CUDA context serves no further call."""
+class ContextLost(Exception):
+    """The CUDA context is in an error state: no further call can run."""
 
 
 class Trial(NamedTuple):
@@ -41,7 +42,7 @@ class Trial(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
+    """Errors take one line."""
 
     def error(self, message):
         self.exit(2, f"soak: {message}\n")
@@ -58,19 +59,19 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         if options.trial:
-            trials, seconds = [parsed(options.trial, options.device)], float("inf")
+            trials, seconds = [parse_trial(options.trial, options.device)], float("inf")
         else:
-            trials, seconds = in_turns(pairs(options), options.seed), options.seconds
+            trials, seconds = round_robin(runnable(options), options.seed), options.seconds
     except ValueError as error:
         parser.error(str(error))
     return run(trials, seconds, options.device)
 
 
-def pairs(options):
-    """(operator, backend) of all that was asked for and can run; ValueError if there is none."""
+def runnable(options):
+    """(operator, backend) of all that are requested and can run; ValueError if there is none."""
     operators, names = (
-        chosen(options.operators, SOAKS, "operator"),
-        chosen(options.backends, backends.BACKENDS, "backend"),
+        known_names(options.operators, SOAKS, "operator"),
+        known_names(options.backends, backends.BACKENDS, "backend"),
     )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU")
@@ -84,24 +85,24 @@ def pairs(options):
     return found
 
 
-def chosen(names, known, what):
-    wanted = list(known) if names is None else names.split(",")
-    for name in wanted:
+def known_names(names, known, what):
+    requested = list(known) if names is None else names.split(",")
+    for name in requested:
         if name not in known:
             raise ValueError(f"no {what} {name!r}; there is: {', '.join(known)}")
-    return wanted
+    return requested
 
 
-def parsed(words, device):
-    """The Trial that `words` mean; ValueError if it cannot run."""
-    seed, *names = words.split(":")
+def parse_trial(text, device):
+    """The Trial of SEED:OPERATOR:BACKEND; ValueError if it cannot run."""
+    seed, *names = text.split(":")
     if len(names) != 2 or not seed.isdecimal():
-        raise ValueError(f"--trial must be SEED:OPERATOR:BACKEND, got {words!r}")
+        raise ValueError(f"--trial must be SEED:OPERATOR:BACKEND, got {text!r}")
     options = argparse.Namespace(operators=names[0], backends=names[1], device=device)
-    return Trial(int(seed), *pairs(options)[0])
+    return Trial(int(seed), *runnable(options)[0])
 
 
-def in_turns(pairs, seed):
+def round_robin(pairs, seed):
     for number, pair in enumerate(itertools.cycle(pairs)):
         yield Trial((seed * 1_000_003 + number) % 2**32, *pair)  # PyTorch's generator has 32 bits of seed
 
@@ -117,16 +118,16 @@ def run(trials, seconds, device):
                 began = time.monotonic()
                 if began - start >= seconds:
                     break
-                problem, shapes = judged(trial, device)
+                problem, shapes = run_trial(trial, device)
                 tried.append(trial)
                 slowest = max(slowest, (time.monotonic() - began, trial), key=lambda one: one[0])
                 findings += problem is not None
-                if problem and findings <= MOST_FINDINGS:
+                if problem and findings <= MAX_FINDINGS:
                     print(finding(trial, device, shapes, problem), flush=True)
                 bar(time.monotonic() - start)
         except KeyboardInterrupt:
             status = 130
-        except Dead as error:
+        except ContextLost as error:
             tried.append(trial)
             findings += 1
             print(f"soak: WRONG {trial}: the CUDA context is lost, nothing more can run: {error}", flush=True)
@@ -158,96 +159,85 @@ def finding(trial, device, shapes, problem):
     return f"soak: WRONG {trial.operator} {trial.backend} ({shapes}): {' '.join(problem.split())}; {repeat}"
 
 
-def judged(trial, device):
-    """(None or what is wrong, words for the arguments) of one trial."""
+def run_trial(trial, device):
+    """(None or what is wrong, description of the arguments) of one trial."""
     soak = SOAKS[trial.operator]
     call = soak.draw(Random(trial.seed, interpreted=(trial.backend, device) == ("triton", "cpu")))
     try:
-        return problem_of(trial, soak, call, device), described(call)
+        return check(trial, soak, call, device), describe(call)
     except (Exception, SystemExit) as error:
         if device == "cuda":
             try:
                 torch.cuda.synchronize()
             except Exception as lost:
-                raise Dead(f"{described(call)}: {error}") from lost
-        return f"{type(error).__name__}: {error}", described(call)
+                raise ContextLost(f"{describe(call)}: {error}") from lost
+        return f"{type(error).__name__}: {error}", describe(call)
 
 
-def problem_of(trial, soak, call, device):
-    """None, or in words what the operator did wrong."""
-    results = answer(trial, soak, call, device)
+def check(trial, soak, call, device):
+    """None, or what the operator did wrong."""
+    results = call_operator(trial, soak, call, device)
     expected = copied(call.arguments, "cpu")
     with torch.no_grad():
-        reference_results = listed(getattr(reference, trial.operator)(**expected))
+        reference_results = as_list(getattr(reference, trial.operator)(**expected))
     reference_results = expected[soak.writes] if soak.writes else reference_results
     problem = first(
-        itertools.chain(unlike(results, reference_results), [soak.verify(call, results, reference_results)])
+        itertools.chain(metadata_problems(results, reference_results), [soak.verify(call, results, reference_results)])
     )
     if problem:
         return problem
     threads = torch.get_num_threads()
-    try:  # the C++ kernels promise the same bits on any number
+    try:  # the C++ kernels give the same bits on any number
         torch.set_num_threads(1 if trial.backend == "cpu" else threads)
-        others = answer(trial, soak, call, device)
+        repeated = call_operator(trial, soak, call, device)
     finally:
         torch.set_num_threads(threads)
-    again = (differ(own, other, f"result {i}") for i, (own, other) in enumerate(zip(results, others)))
+    again = (differ(own, other, f"result {i}") for i, (own, other) in enumerate(zip(results, repeated)))
     return next((f"called again: {problem}" for problem in again if problem), None)
 
 
-def answer(trial, soak, call, device):
+def call_operator(trial, soak, call, device):
     """Results on the CPU, from fresh memory that held NaN; ValueError if an argument was written to."""
-    own = copied(call.arguments, device)
+    arguments = copied(call.arguments, device)
     with pruneops.backend(trial.backend), poisoned():
-        results = listed(getattr(pruneops, trial.operator)(**own))
-        after = copied(own, "cpu")
+        results = as_list(getattr(pruneops, trial.operator)(**arguments))
+        after = copied(arguments)
     for name, value in call.arguments.items():
-        written = first(differ(*map(memory, pair), name) for pair in zip(tensors(after[name]), tensors(value)))
+        written = first(differ(*map(storage, pair), name) for pair in zip(tensors(after[name]), tensors(value)))
         if written and name != soak.writes:
             raise ValueError(f"an argument was written to: {written}")
     return after[soak.writes] if soak.writes else copied(results, "cpu")
 
 
-@contextlib.contextmanager
-def poisoned():
-    """Fresh memory holds NaN or the greatest integer, in native code too."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-
-
-def listed(results):
+def as_list(results):
     return [results] if isinstance(results, torch.Tensor) else list(results or ())
 
 
-def unlike(results, expected):
-    """What of shapes and dtypes is not as it should be."""
+def metadata_problems(results, expected):
+    """Wrong shapes and dtypes."""
     if len(results) != len(expected):
         yield f"{len(results)} results, not {len(expected)}"
     for i, (own, other) in enumerate(zip(results, expected)):
-        was, should = ((t.dtype, list(t.shape)) for t in (own, other))
-        yield f"result {i} is {was[0]} {was[1]}, not {should[0]} {should[1]}" if was != should else None
+        actual, wanted = ((t.dtype, list(t.shape)) for t in (own, other))
+        yield f"result {i} is {actual[0]} {actual[1]}, not {wanted[0]} {wanted[1]}" if actual != wanted else None
 
 
 def tensors(value):
-    """All those of an argument."""
+    """The tensors of an argument."""
     return [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, torch.Tensor)]
 
 
-def described(call):
-    """The arguments in a few words."""
-    words = []
+def describe(call):
+    """The arguments on one line."""
+    parts = []
     for name, value in call.arguments.items():
         found = tensors(value)
         if found:
             kinds = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}/{list(t.stride())}" for t in found[:2]]
-            words.append(f"{name} {' '.join(kinds)}" + (f" .. {len(found)} in all" if len(found) > 2 else ""))
+            parts.append(f"{name} {' '.join(kinds)}" + (f" .. {len(found)} in all" if len(found) > 2 else ""))
         elif value is not None and not (isinstance(value, list) and len(value) > 8):
-            words.append(f"{name} {value}")
-    return ", ".join([*words, "exact" if call.exact else "real"])
+            parts.append(f"{name} {value}")
+    return ", ".join([*parts, "exact" if call.exact else "real"])
 
 
 if __name__ == "__main__":

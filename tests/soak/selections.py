@@ -1,20 +1,35 @@
-"""Trials of the operators that choose tokens: k-center, exclusive bottom-k, rank assignment."""
+"""Random calls of the operators that choose tokens: k-center, exclusive bottom-k, rank assignment."""
 
 import itertools
 
 import torch
 
-from .cosines import float64_cosines, pivots_in
-from .draws import DTYPES, Call, Soak, rows_of
-from .oracles import EPS, first, lowest, not_greedy, not_tokens, too_far, unequal
+from tests import inputs
+from tests.inputs import DTYPES
+from tests.oracles import (
+    EPS,
+    cosines,
+    first,
+    kcenter_scores,
+    lowest,
+    negative_log_probabilities,
+    not_greedy,
+    not_tokens,
+    similarity_errors,
+    similarity_scale,
+    too_far,
+    unequal,
+)
 
-LARGEST_SQUARE, SMALLEST_SQUARE = torch.finfo(torch.float32).max / 4, torch.finfo(torch.float32).tiny
+from .cosines import pivots_in
+from .draws import Call, Soak, rows_of
+
 METRICS = ("cosine", "euclidean")
-MOST_SCORES = 4_000_000  # that an oracle holds: choices times tokens
+MAX_SCORES = 4_000_000  # that an oracle holds: choices times tokens
 
 
 def draw_kcenter(random):
-    exact, metric, batch = random.chance(0.5), random.of(*METRICS), random.batch()
+    exact, metric, batch = random.chance(0.5), random.choice(*METRICS), random.batch()
     N, D = random.size(300, 6000, 40), random.size(200, 100, 70)
     if random.large and random.chance(0.2):
         N, D = random.between(16385, 20000), random.between(1, 20)
@@ -24,13 +39,13 @@ def draw_kcenter(random):
         seeds = random.laid_out(random.distinct(allowed.shape, random.between(0, min(5, N))), own=not batch)
         allowed = allowed.scatter(-1, seeds, True)
     if random.chance(0.5):
-        mask = (random.rand(*allowed.shape) < random.of(0.02, 0.5, 0.9, 1)) | (
+        mask = (random.rand(*allowed.shape) < random.choice(0.02, 0.5, 0.9, 1)) | (
             random.rand(*allowed.shape).argsort(-1) == 0
         )
         mask = random.laid_out(mask, own=not batch)
     allowed |= True if mask is None else mask
-    most = min(int(allowed.sum(-1).min()) if allowed.numel() else N, max(1, MOST_SCORES // N))
-    k = random.of(most, *[random.between(1, cap) for cap in (most, min(most, 50), min(most, 50))])
+    limit = min(int(allowed.sum(-1).min()) if allowed.numel() else N, max(1, MAX_SCORES // N))
+    k = random.choice(limit, *[random.between(1, cap) for cap in (limit, min(limit, 50), min(limit, 50))])
     k = max(k, 0 if seeds is None else seeds.shape[-1])
     return Call({"x": x, "k": k, "seeds": seeds, "mask": mask, "metric": metric}, exact)
 
@@ -41,10 +56,10 @@ def verify_kcenter(call, results, reference):
 
 
 def draw_kcenter_varlen(random):
-    exact, metric = random.chance(0.5), random.of(*METRICS)
-    least = random.between(0, 1)
-    lengths = [random.size(100, 400, 25) - 1 + least for _ in range(random.between(0, 5))]
-    ks = [random.of(length, random.between(least, length)) for length in lengths]
+    exact, metric = random.chance(0.5), random.choice(*METRICS)
+    minimum = random.between(0, 1)
+    lengths = [random.size(100, 400, 25) - 1 + minimum for _ in range(random.between(0, 5))]
+    ks = [random.choice(length, random.between(minimum, length)) for length in lengths]
     x = random.tokens((sum(lengths), random.size(200, 100, 70)), exact, metric == "euclidean")
     bounds, seeds = random.bounds(lengths), None
     if random.chance(0.5):
@@ -74,11 +89,10 @@ def kcenter_problem(x, seeds, mask, indices, radii, expected, expected_radii, ca
         free[seeds] = True
     problem = not_tokens(indices, free) or (unequal(indices, expected) if call.exact else None)
     if problem or (count and unequal(indices[:count], seeds)):
-        return problem or "seeds do not open the answer"
+        return problem or "the answer does not begin with the seeds"
     if seeds is not None:
         free[seeds] = False
-    square = x.double().square().sum(-1)
-    scale = 1.0 if metric == "cosine" else 4 * float(square.where(square <= LARGEST_SQUARE, 0).amax())
+    scale = similarity_scale(x, metric)
     rounding = 0.0 if call.exact else (4 + x.shape[-1] ** 0.5) * EPS * scale
     scores = kcenter_scores(x, indices, metric)
     return not_greedy(indices[count:], scores[count:], free, rounding) or wrong_radii(
@@ -86,44 +100,18 @@ def kcenter_problem(x, seeds, mask, indices, radii, expected, expected_radii, ca
     )
 
 
-def kcenter_scores(x, indices, metric):
-    """float64 [K, N]: what choices [K] among x [N, D] rank by, row i before choice i and after those before it."""
-    x = x.double()
-    square = x.square().sum(-1)
-    finite = square <= LARGEST_SQUARE
-    vector = finite & (square >= SMALLEST_SQUARE)
-    x, square = x.where(vector[:, None], 0), square.where(vector, 0)
-    similarity = x @ x[indices].T  # [N, K]
-    if metric == "cosine":
-        inverse = square.sqrt().reciprocal().where(vector, 0)
-        similarity *= inverse[:, None] * inverse[indices]
-    else:
-        similarity = 2 * similarity - square[:, None] - square[indices]
-    similarity[:, ~finite[indices]] = -torch.inf
-    before = torch.full_like(similarity[:, :1], -torch.inf)
-    nearest = torch.cat([before, similarity[:, :-1]], 1).cummax(1).values
-    nearest[~finite] = torch.inf
-    return nearest.T
-
-
 def wrong_radii(own, reference, seeds, call, scale):
     """own, reference = (radii [K], scores [K, N], indices [K])."""
-    cosine = call.arguments["metric"] == "cosine"
-    errors = []
-    for radii, scores, indices in (own, reference):
-        score = scores.gather(1, indices[:, None])[:, 0]
-        truth = score.clamp(max=1.0 if cosine else 0.0)
-        told = 1 - radii.double() if cosine else -radii.double().square()
-        errors.append((told - truth)[radii.isfinite() & score.isfinite()].abs())
+    errors = [similarity_errors(*row, call.arguments["metric"]) for row in (own, reference)]
     radii, score = own[0], own[1].gather(1, own[2][:, None])[:, 0]
     score[:seeds] = -torch.inf
-    odd = torch.where(score == torch.inf, torch.nan, torch.where(score == -torch.inf, torch.inf, 0.0))
-    problem = unequal(radii.where(~radii.isfinite(), 0.0).double(), odd)
+    non_finite = torch.where(score == torch.inf, torch.nan, torch.where(score == -torch.inf, torch.inf, 0.0))
+    problem = unequal(radii.where(~radii.isfinite(), 0.0).double(), non_finite)
     if problem:
         return f"radii: {problem}"
     known = radii[radii.isfinite()]
     if (known[1:] > known[:-1]).any():
-        return "radii grow"
+        return "radii increase"
     ulps = 2 if call.exact else 4 + call.arguments["x"].shape[-1] ** 0.5 / 4
     problem = too_far(*errors, scale, ulps)
     return problem and f"radii: {problem}"
@@ -131,12 +119,12 @@ def wrong_radii(own, reference, seeds, call, scale):
 
 def quotas_and_free(random, rows, shape):
     """(quotas, free): how many of the tokens [.., N] each row takes, and which may be taken, or None."""
-    free, most = None, shape[-1]
+    free, limit = None, shape[-1]
     if random.chance(0.5):
-        free = random.laid_out(random.rand(*shape) < random.of(0.0, 0.1, 0.5, 0.9), own=True)
-        most = int(free.sum(-1).min()) if free.numel() else most
-    most = min(most, MOST_SCORES // shape[-1]) if rows else 0
-    total = random.of(most, random.between(0, most))
+        free = random.laid_out(random.rand(*shape) < random.choice(0.0, 0.1, 0.5, 0.9), own=True)
+        limit = int(free.sum(-1).min()) if free.numel() else limit
+    limit = min(limit, MAX_SCORES // shape[-1]) if rows else 0
+    total = random.choice(limit, random.between(0, limit))
     cuts = [0, *random.integers(0, total + 1, (max(rows - 1, 0),)).sort().values.tolist(), total]
     return [end - start for start, end in itertools.pairwise(cuts)][:rows], free
 
@@ -149,25 +137,25 @@ HARD = (
     lambda random, shape: 1 + random.integers(0, 300, shape) * EPS,
     lambda random, shape: random.integers(-300, 300, shape) * 2.0**-149,
     lambda random, shape: random.randn(*shape) * torch.exp2(random.integers(-130, 125, shape)),
-    lambda random, shape: random.of(-1, 1) * torch.arange(shape[-1]).expand(shape).float(),
+    lambda random, shape: random.choice(-1, 1) * torch.arange(shape[-1]).expand(shape).float(),
     lambda random, shape: random.randn(shape[-1]).expand(shape),
 )
-ODD_SCORES = (torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 6e-8, -1e-40, 65504.0, torch.finfo(torch.float32).max)
+SPECIAL_SCORES = (torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 6e-8, -1e-40, 65504.0, torch.finfo(torch.float32).max)
 
 
-def with_odd(random, values, odd):
+def with_special(random, values, special):
     """Values with a share of them replaced, perhaps all."""
-    replaced = random.rand(*values.shape) < random.of(0.0, 0.0, 0.02, 0.3, 1.0)
-    return values.where(~replaced, torch.tensor(odd)[random.integers(0, len(odd), values.shape)])
+    replaced = random.rand(*values.shape) < random.choice(0.0, 0.0, 0.02, 0.3, 1.0)
+    return values.where(~replaced, torch.tensor(special)[random.integers(0, len(special), values.shape)])
 
 
 def draw_exclusive_bottomk(random):
-    batch, rows, N = random.batch(), random.of(random.between(0, 6), 16, 64), random.size(600, 6000, 60)
+    batch, rows, N = random.batch(), random.choice(random.between(0, 6), 16, 64), random.size(600, 6000, 60)
     N = random.between(60000, 80000) if random.large and random.chance(0.2) else N
-    scores = with_odd(random, random.of(*HARD)(random, (*batch, rows, N)), ODD_SCORES)
+    scores = with_special(random, random.choice(*HARD)(random, (*batch, rows, N)), SPECIAL_SCORES)
     quotas, free = quotas_and_free(random, rows, (*batch, N))
     taken = None if free is None else random.laid_out(~free, own=True)
-    return Call({"scores": random.laid_out(scores.to(random.of(*DTYPES))), "quotas": quotas, "taken": taken})
+    return Call({"scores": random.laid_out(scores.to(random.choice(*DTYPES))), "quotas": quotas, "taken": taken})
 
 
 def verify_exclusive_bottomk(call, results, reference):
@@ -185,7 +173,7 @@ def exclusive_problem(call, scores, taken, chosen, expected):
 def draw_pivot_bottomk(random):
     exact, batch = random.chance(0.5), random.batch()
     x = random.tokens((*batch, random.size(300, 4000, 40), random.size(200, 100, 70)), exact)
-    pivots = pivots_in(random, x.shape[:-1], random.of(random.between(0, 6), 16, 17, 64))
+    pivots = pivots_in(random, x.shape[:-1], random.choice(random.between(0, 6), 16, 17, 64))
     quotas, mask = quotas_and_free(random, pivots.shape[-1], x.shape[:-1])
     return Call({"x": x, "pivots": pivots, "quotas": quotas, "mask": mask}, exact)
 
@@ -196,7 +184,7 @@ def verify_pivot_bottomk(call, results, reference):
 
 
 def pivot_bottomk_problem(call, x, pivots, mask, chosen, expected):
-    scores, quotas = float64_cosines(x, pivots), call.arguments["quotas"]
+    scores, quotas = cosines(x, pivots), call.arguments["quotas"]
     free = torch.ones(len(x), dtype=torch.bool) if mask is None else mask
     if call.exact:
         return not_tokens(chosen, free) or unequal(chosen, lowest(scores, quotas, free), expected)
@@ -206,19 +194,16 @@ def pivot_bottomk_problem(call, x, pivots, mask, chosen, expected):
 
 def draw_assign_ranks(random):
     exact, batch = random.chance(0.5), random.batch()
-    N, J = random.size(300, 6000, 60), random.of(random.between(1, 10), 15, 16, 31, 32, 63, 64)
+    N, J = random.size(300, 6000, 60), random.choice(random.between(1, 10), 15, 16, 31, 32, 63, 64)
     shape = *batch, N, J + 1
-    if exact:  # the greatest are 0 or, alone, an integer, the others steps of 128 below: their exp is 0
-        steps = random.integers(0, 4, shape)
-        steps -= steps.amin(-1, keepdim=True)
-        alone = (steps == 0).sum(-1, keepdim=True) == 1
-        logits = random.integers(-3, 4, (*shape[:-1], 1)) * alone - 128.0 * steps
-        logits = with_odd(random, logits, (torch.nan, torch.inf, -torch.inf, 3e38, -3e38))
-    else:  # sure of some tokens and of few ranks
-        logits = 2 * torch.exp(random.randn(*shape[:-1], 1)) * random.randn(*shape)
-    most = min(N, J)
-    j = random.of(most, random.between(1, most))
-    return Call({"logits": random.laid_out(logits.to(random.of(*DTYPES))), "j": j}, exact)
+    if exact:
+        logits = inputs.steep_logits(shape, random.generator)
+        logits = with_special(random, logits, (torch.nan, torch.inf, -torch.inf, 3e38, -3e38))
+    else:
+        logits = inputs.logits(shape, random.seed())
+    limit = min(N, J)
+    j = random.choice(limit, random.between(1, limit))
+    return Call({"logits": random.laid_out(logits.to(random.choice(*DTYPES))), "j": j}, exact)
 
 
 def verify_assign_ranks(call, results, reference):
@@ -226,8 +211,7 @@ def verify_assign_ranks(call, results, reference):
 
 
 def ranks_problem(call, logits, ranks, expected):
-    scores = -logits.double().log_softmax(-1)[:, : call.arguments["j"]].T
-    scores = scores.where(scores.float().isfinite(), torch.nan)  # [j, N]
+    scores = negative_log_probabilities(logits)[: call.arguments["j"]]  # [j, N]
     free = torch.ones(len(logits), dtype=torch.bool)
     if call.exact:
         return not_tokens(ranks, free) or unequal(ranks, lowest(scores, [1] * len(scores), free), expected)

@@ -18,8 +18,9 @@ def write(folder, count=40):
     Parameters
     ----------
     folder : path
-        Made if it does not exist.
+        Created if it does not exist.
     count : int
+        Scenes.
     """
     import pyarrow
     from datasets import Features, Image, Value
@@ -34,7 +35,7 @@ def write(folder, count=40):
 
 
 def rows(count):
-    """The documents, one a question."""
+    """The documents, one per question."""
     from PIL import Image
 
     for number in range(count):

@@ -1,17 +1,20 @@
-"""The state of a request: its cache, whose layers remember what they no longer hold, and its statistics."""
+"""The state of a request: its cache, whose layers know which tokens were removed, and its statistics."""
 
 import dataclasses
 import functools
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ...methods import Method
 from ...ops import kv_compact_
 from .models import UnsupportedError
 from .token_layout import spans_from_counts
 
-ACTIVE = ContextVar("pruneops_pass", default=None)  # the pass that this thread or task is in
+ACTIVE: ContextVar[Any] = ContextVar("pruneops_pass", default=None)  # the `Pass` of this thread or task, or None
 
 
 class PrunedLayer(DynamicLayer):
@@ -20,33 +23,41 @@ class PrunedLayer(DynamicLayer):
     Attributes
     ----------
     request : Request
+        The request that the cache belongs to.
     group : int
         Layers of one group hold the same tokens.
     removed : int
-        How many tokens shorter it is than the text.
+        Tokens that were removed: length of the text minus length of the cache.
     prompt : int
-        How many of its tokens are the prompt's.
+        How many of its tokens belong to the prompt.
     valid : Tensor [B, n], bool, or None
-        Which of its first n tokens may be attended to (None: all). Of later ones the attention mask says it.
+        Which of its first n tokens may be attended to (None: all). For later ones see the attention mask.
     visual : Tensor [B, n], bool, or None
-        Which of them are an image's, where the method removes tokens between steps.
+        Which of these tokens belong to an image; only for methods that remove tokens between decode steps.
     """
 
-    request, group, removed, prompt, valid, visual = None, 0, 0, 0, None, None
+    request: Any = None
+    group: int = 0
+    removed: int = 0
+    prompt: int = 0
+    valid: Tensor | None = None
+    visual: Tensor | None = None
 
     @property
-    def size(self):
+    def size(self) -> int:
+        """Tokens that the layer holds."""
         return super().get_seq_length()
 
-    def get_seq_length(self, *_):
+    def get_seq_length(self, *_: Any) -> int:
+        """Length of the text, removed tokens included."""
         return self.size + self.removed
 
-    def get_mask_sizes(self, query_length):
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         self._check_patched()
-        length = query_length if isinstance(query_length, int) else len(query_length)  # positions, before 5.5
+        length = query_length if isinstance(query_length, int) else len(query_length)  # positions before 5.5
         return self.size + length, self.removed
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._check_patched()
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -58,16 +69,20 @@ class PrunedLayer(DynamicLayer):
                 "again to go on with it, or begin anew with the whole conversation"
             )
 
-    def reset(self):
+    def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
         self.request = self.valid = self.visual = None
         self.group = self.removed = self.prompt = 0
 
-    def crop(self, length):
-        """Remove the last -length tokens or, before 5.15, those from position `length` on; none of an image's."""
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, as many as the absolute value; never tokens of an image.
+
+        Before 5.15 a positive argument is the length that remains.
+        """
+        length = tokens_to_remove
         count = -length if length <= 0 else max(self.get_seq_length() - length, 0)
-        if not count or not self.size:
+        if not count or not self.size or self.keys is None or self.values is None:
             return
         size = self.size - count
         if size < self.prompt:
@@ -80,86 +95,96 @@ class PrunedLayer(DynamicLayer):
     def _each_flag(self, change):
         self.valid, self.visual = (None if flags is None else change(flags) for flags in (self.valid, self.visual))
 
-    def reorder_cache(self, beam_idx):
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._each_flag(lambda flags: flags[beam_idx.to(flags.device)])
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._each_flag(lambda flags: flags.repeat_interleave(repeats, 0))
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._each_flag(lambda flags: flags[indices])
 
 
 class Request:
-    """What one prompt, and what is generated from it, knows about itself.
+    """The state of one prompt and what is generated from it.
 
-    needs_masks: whether later passes need masks that the model would not make: rows are padded, or layers differ in
-    length. unread: flags of padding that the first pass had no need to read. maybe_padded: a later pass brought several
-    tokens and a mask.
+    Attributes
+    ----------
+    needs_masks : bool
+        Whether later passes need masks that the model would not make: rows are padded, or layers differ in length.
+    unread_padding : Tensor or None
+        Flags of valid tokens that the first pass did not have to read.
+    maybe_padded : bool
+        A later pass brought several tokens and a mask.
+    length : int
+        Of the prompt.
+    last_visual : list of Tensor
+        Position of the last visual token of every row.
     """
 
-    def __init__(self, method, layers):
-        self.method, self.step, self.needs_masks, self.unread = method, 0, False, None
-        self.maybe_padded = False
-        self.length, self.last_visual = 0, []  # of the prompt; of every row, position of the last visual token
-        self.asks_between_steps = getattr(method, "at_step", None) is not None
+    def __init__(self, method: Method, layers: int) -> None:
+        self.method, self.step, self.needs_masks, self.maybe_padded = method, 0, False, False
+        self.unread_padding: Tensor | None = None
+        self.length = 0
+        self.last_visual: list[Tensor] = []
+        self.prunes_between_steps = getattr(method, "at_step", None) is not None
         self.stats = Stats([], [[]] * layers, [0] * layers)
 
     @functools.cached_property
-    def text_after_images(self):
+    def text_after_images(self) -> int:
         """Tokens of the prompt after all images, in the row that has fewest. Read once, where a cache is cropped."""
         return self.length - 1 - int(torch.cat(self.last_visual).max().cpu().numpy())
 
-    def is_plain(self):
-        """Whether the model goes on from here without help. Reads the padding, once."""
-        if self.unread is not None:
-            self.needs_masks, self.unread = not self.unread.cpu().numpy().all(), None
-        return not self.needs_masks and not self.asks_between_steps
+    def is_plain(self) -> bool:
+        """Whether the unpatched model could continue. Reads the padding, once."""
+        if self.unread_padding is not None:
+            self.needs_masks, self.unread_padding = not self.unread_padding.cpu().numpy().all(), None
+        return not self.needs_masks and not self.prunes_between_steps
 
 
 def request_of(cache):
-    """The request that a cache belongs to; none after `reset`."""
+    """The request that a cache belongs to; None after `reset`."""
     layers = getattr(cache, "layers", None)
     return getattr(layers[0], "request", None) if layers else None
 
 
 @dataclasses.dataclass
 class Stats:
-    """Of one request.
+    """Statistics of one request.
 
     Attributes
     ----------
     images : list
-        Tokens that each image came with, for every row of the batch.
+        Tokens of each image before pruning, for every row of the batch.
     kept : list
-        The same for every layer of the decoder: what is left of each image.
+        Tokens left of each image, for every layer of the decoder and every row.
     kv_bytes : list
-        Keys and values that each layer holds after the prompt, or after tokens were removed later.
+        Bytes of keys and values of each layer after the prompt, or after tokens were removed later.
     kv_bytes_unpruned : int
-        What a layer would hold of the prompt.
+        Bytes that a layer would hold of the prompt without pruning.
     seconds : float
-        Spent on selection; see `Handle.clock`.
+        Time spent on selection; see `Handle.clock`.
     """
 
-    images: list
-    kept: list
-    kv_bytes: list
+    images: list[list[int]]
+    kept: list[list[list[int]]]
+    kv_bytes: list[int]
     kv_bytes_unpruned: int = 0
     seconds: float = 0.0
 
     @property
-    def totals(self):
+    def totals(self) -> list[int]:
         """Visual tokens that each layer holds."""
         return [sum(map(sum, rows)) for rows in self.kept]
 
-    def to_dict(self):
-        """Fit for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-serialisable dictionary."""
         return dataclasses.asdict(self)
 
-    def __str__(self):
+    def __str__(self) -> str:
         heads = f"visual tokens of {sum(map(sum, self.images))}", f"KV bytes of {self.kv_bytes_unpruned}"
         lines = ["layer  " + "  ".join(heads)]
         for i, row in enumerate(zip(self.totals, self.kv_bytes)):
@@ -176,7 +201,7 @@ def check_windows(decoder):
 
 
 def prunable_cache(cache, decoder):
-    """The cache of a request that begins, or a new one."""
+    """The cache that a new request fills: the given one, or a new one."""
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     kinds = [type(layer) for layer in getattr(cache, "layers", ())] or [
         getattr(cache, "layer_class_to_replicate", None)
@@ -192,9 +217,9 @@ def prunable_cache(cache, decoder):
 
 
 def remove_between_steps(request, layers):
-    """Ask the method, where it has a say between steps, and compact the caches of the layers.
+    """Compact the caches of the layers to the tokens that the method's `at_step` keeps.
 
-    Counts may depend on values there, so they are read.
+    Counts may depend on values here, so the host reads them.
     """
     for i, layer in enumerate(layers):
         visual, valid = layer.visual, layer.valid
@@ -203,12 +228,12 @@ def remove_between_steps(request, layers):
         valid = torch.ones_like(visual) if valid is None else torch.nn.functional.pad(valid, (0, more), value=True)
         counts = visual.sum(1).tolist()
         ranks = [request.method.at_step(request.step, i, count) for count in counts]
-        if all(own is None or len(own) == count for own, count in zip(ranks, counts)):
+        if all(chosen is None or len(chosen) == count for chosen, count in zip(ranks, counts)):
             continue
         stays = valid & ~visual
-        for row, places, own in zip(stays, visual, ranks):
-            kept = places.nonzero()[:, 0]
-            row.index_fill_(0, kept if own is None else kept[own.to(kept.device)], True)
+        for row, flags, chosen in zip(stays, visual, ranks):
+            places = flags.nonzero()[:, 0]
+            row.index_fill_(0, places if chosen is None else places[chosen.to(places.device)], True)
         lengths = stays.sum(1)
         longest = int(lengths.max())
         index = (~stays).byte().argsort(dim=1, stable=True)[:, :longest]  # kept tokens first, in order
@@ -219,10 +244,15 @@ def remove_between_steps(request, layers):
         layer.valid, layer.group = stays.gather(1, index), i
         request.needs_masks = True
         request.stats.kept[i] = [
-            row if own is None else [int(((own >= first) & (own < end)).sum()) for first, end in spans_from_counts(row)]
-            for row, own in zip(request.stats.kept[i], ranks)
+            sizes if chosen is None else count_in_spans(chosen, spans_from_counts(sizes))
+            for sizes, chosen in zip(request.stats.kept[i], ranks)
         ]
         request.stats.kv_bytes[i] = kv_bytes(layer)
+
+
+def count_in_spans(ranks, spans):
+    """How many of the ranks lie in each span (first, last + 1)."""
+    return [int(((ranks >= first) & (ranks < end)).sum()) for first, end in spans]
 
 
 def kv_bytes(layer):

@@ -1,4 +1,4 @@
-"""`patch`: a model whose images are pruned, and the handle that undoes it."""
+"""`patch` makes a model prune its images; the handle undoes it."""
 
 import collections
 import contextlib
@@ -6,24 +6,30 @@ import dataclasses
 import inspect
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import nn
 
-from .cache import ACTIVE, request_of
+from ...methods import Method
+from .cache import ACTIVE, Stats, request_of
 from .models import MODALITIES, UnsupportedError, find_model
 from .passes import Continuation
-from .prefill import Prefill, brings_images
+from .prefill import Prefill, has_images
 from .vision import as_merged, encode
 
-RECORDS = 16  # requests whose statistics a handle holds
+MAX_STATS = 16  # requests whose statistics a handle holds
 EAGER = "pruneops prunes in eager mode: compile without fullgraph, or use pruneops.prepare"
 ENCODING = ContextVar("pruneops_encoding", default=False)
-ENTERED = ContextVar("pruneops_entered", default=None)  # id of the handle whose `forward` ended last
-SETTINGS = ContextVar("pruneops_settings", default=())  # (handle, method or None) of the `with` blocks around
+ENTERED: ContextVar[int | None] = ContextVar("pruneops_entered", default=None)  # id of the handle of the last pass
+# (handle, method or None) of each enclosing `with` block
+SETTINGS: ContextVar[tuple[tuple[Any, Method | None], ...]] = ContextVar("pruneops_settings", default=())
 
 
-def patch(model, method):
+def patch(model: nn.Module, method: Method) -> "Handle":
     """Prune inside a model, in place or as a context manager.
 
     Parameters
@@ -36,19 +42,28 @@ def patch(model, method):
     Returns
     -------
     Handle
-        `remove()`, `disabled()`, `override(keep=...)`, `stats`; also a context manager that removes itself.
+        Undoes the patch by ``remove()``, suspends it by ``disabled()``, changes settings by ``override(keep=...)``,
+        has statistics in ``stats``. Also a context manager, which removes the patch at its end.
 
     Raises
     ------
     UnsupportedError
         On an unknown architecture, or a model that is patched already. In forward passes, before anything is computed:
         on caches that cannot be pruned (static, offloaded, quantised, sliding), on flex attention and continuous
-        batching and, for methods that prune inside the decoder, on `use_cache=False` outside of training.
+        batching and, for methods that prune inside the decoder, on ``use_cache=False`` outside of training.
 
     Notes
     -----
     Outputs are as long as the inputs, so labels and losses fit: a token that was removed has the output of the last one
     before it that was kept. Gradients flow through the tokens that are kept.
+
+    Examples
+    --------
+    ::
+
+        with pruneops.patch(model, pruneops.methods.ToDRE(keep=0.1)) as handle:
+            output = model.generate(**inputs)
+        print(handle.stats[-1])
     """
     real = find_model("pruneops.patch", model)
     if getattr(real, "_pruneops", None) is not None or is_patched(real.base_model):
@@ -57,45 +72,69 @@ def patch(model, method):
 
 
 class Handle:
-    """A patched model, without its wrappers. `method` may be exchanged between requests.
+    """A patched model.
 
-    `stats` has a `Stats` for each of the last 16 requests. `clock` measures selection: the host's seconds unless it is
-    replaced by one that awaits the device.
+    Attributes
+    ----------
+    model : PreTrainedModel
+        The supported model, without its wrappers.
+    method : Method
+        May be replaced between requests.
+    stats : deque of Stats
+        Of the last 16 requests.
     """
 
-    clock = staticmethod(time.perf_counter)
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
+    """Seconds, for measuring selection: the host's time, unless replaced by a clock that waits for the device."""
 
-    def __init__(self, model, method):
-        self.model, self.method, self.stats = model, method, collections.deque(maxlen=RECORDS)
+    def __init__(self, model: Any, method: Method) -> None:
+        self.model, self.method = model, method
+        self.stats: collections.deque[Stats] = collections.deque(maxlen=MAX_STATS)
         self.decoder, base, self._warned = model.get_decoder(), model.base_model, False
         names = [f"get_{name}_features" for name in MODALITIES if hasattr(base, f"get_{name}_features")]
-        self._overrides = [PatchedForward(base, "forward", self)]
+        self._overrides: list[Override] = [PatchedForward(base, "forward", self)]
         self._overrides += [PatchedEncoder(base, name, self) for name in names]
-        self._check = base.register_forward_hook(self._expect_entered, with_kwargs=True)
+        self._check = base.register_forward_hook(self._check_entered, with_kwargs=True)
         model._pruneops = self
 
-    def __enter__(self):
+    def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def remove(self):
-        """Make the model what it was."""
+    def remove(self) -> None:
+        """Restore the model."""
         for override in self._overrides:
             override.remove()
         self._check.remove()
         if getattr(self.model, "_pruneops", None) is self:
             del self.model._pruneops
 
-    def disabled(self):
-        """Requests that begin inside are not pruned: those of this thread or task, not of threads started inside."""
+    def disabled(self) -> "AbstractContextManager[Handle]":
+        """Context manager: requests that begin inside are not pruned.
+
+        It holds for this thread or task, not for threads started inside.
+        """
         return self._with(None)
 
-    def override(self, **settings):
-        """Requests that begin inside, in this thread or task, are pruned with other settings of the method.
+    def override(self, **settings: Any) -> "AbstractContextManager[Handle]":
+        """Context manager: requests that begin inside are pruned with other settings of the method.
 
-        A thread that is started inside takes them along as `contextvars.copy_context().run`.
+        It holds for this thread or task. A thread started inside inherits it if it runs in
+        ``contextvars.copy_context().run``.
+
+        Parameters
+        ----------
+        **settings
+            Fields of the method, such as ``keep=0.25``.
+
+        Raises
+        ------
+        ValueError
+            On a bad value.
+        TypeError
+            On an unknown setting.
         """
         return self._with(dataclasses.replace(self.current_method() or self.method, **settings))
 
@@ -107,38 +146,40 @@ class Handle:
         finally:
             SETTINGS.reset(token)
 
-    def _expect_entered(self, module, args, kwargs, output):
-        """After a pass of the base model: somebody may have taken our `forward` away, with an override of their own."""
+    def _check_entered(self, module, args, kwargs, output):
+        """After a pass of the base model: warn if another override has replaced our `forward`."""
         entered = ENTERED.get() == id(self)
         ENTERED.set(None)
-        if not entered and self.current_method() is not None and brings_images(kwargs):
+        if not entered and self.current_method() is not None and has_images(kwargs):
             self.warn_unpruned("the forward of the base model was replaced; call remove() and patch() again")
 
-    def warn_unpruned(self, reason):
+    def warn_unpruned(self, reason: str) -> None:
+        """Warn, once per handle, that a request with images was not pruned."""
         if not self._warned:
             self._warned = True
             warnings.warn(f"pruneops: a request with images was not pruned: {reason}", stacklevel=2)
 
-    def current_method(self):
-        """The method of requests that begin now, None if they are not to be pruned."""
+    def current_method(self) -> Method | None:
+        """The method of requests that begin now; None if they are not pruned."""
         return next((method for handle, method in reversed(SETTINGS.get()) if handle is self), self.method)
 
 
 class Override:
-    """An attribute of one module in place of its class's method, or of the owner's own override, which it calls.
+    """An instance attribute that replaces a method of one module and calls the original.
 
-    It holds no closure, so copies and pickles of the module have one of their own.
+    The original is the class's method, or another instance attribute, `previous`. It holds no closure, so copies and
+    pickles of the module have overrides of their own.
     """
 
     def __init__(self, module, name, handle):
         self.module, self.name, self.handle = module, name, handle
-        self.owners = vars(module).get(name)
+        self.previous = vars(module).get(name)
         self.parameters = list(inspect.signature(self.inner).parameters)
         setattr(module, name, self)
 
     @property
     def inner(self):
-        return self.owners or getattr(type(self.module), self.name).__get__(self.module)
+        return self.previous or getattr(type(self.module), self.name).__get__(self.module)
 
     @property
     def __signature__(self):
@@ -148,21 +189,21 @@ class Override:
         return dict(zip(self.parameters, args)) | kwargs
 
     def remove(self):
-        """If the owner has put something on top meanwhile, that stays, and this only passes calls on."""
+        """If the attribute was replaced meanwhile, the replacement stays, and this override only forwards calls."""
         self.handle = None
         if vars(self.module).get(self.name) is self:
             delattr(self.module, self.name)
-            if self.owners is not None:
-                setattr(self.module, self.name, self.owners)
+            if self.previous is not None:
+                setattr(self.module, self.name, self.previous)
 
 
 def run_pass(handle, model, forward, inputs):
     """`forward(**inputs)` of the base model, with the images of the request pruned."""
     cache = inputs.get("past_key_values")
-    held = 0 if cache is None else cache.get_seq_length()
-    request, method = request_of(cache) if held else None, handle.current_method()
-    if brings_images(inputs) and (request is not None or method is not None):
-        if held:
+    cached_tokens = 0 if cache is None else cache.get_seq_length()
+    request, method = request_of(cache) if cached_tokens else None, handle.current_method()
+    if has_images(inputs) and (request is not None or method is not None):
+        if cached_tokens:
             raise UnsupportedError(
                 "pruneops: images on a cache that holds tokens already (chunked prefill, or a new image in a later "
                 "turn) cannot be pruned; give all images with the first forward pass, or use handle.disabled()"
@@ -174,7 +215,7 @@ def run_pass(handle, model, forward, inputs):
 
 
 def run_unpruned(forward, inputs):
-    """Out of the pass that this one may be nested in, whose hooks are on the same layers."""
+    """Run outside of an enclosing pass, whose hooks are on the same layers."""
     if ACTIVE.get() is None:
         return forward(**inputs)
     token = ACTIVE.set(None)
@@ -191,7 +232,7 @@ class PatchedForward(Override):
         if handle is None:
             return self.inner(*args, **kwargs)
         output = run_pass(handle, self.module, self.inner, self.arguments(args, kwargs))
-        ENTERED.set(id(handle))  # the last thing, for passes may be nested in this one
+        ENTERED.set(id(handle))  # last, because passes may be nested in this one
         return output
 
 
@@ -211,7 +252,8 @@ class PatchedEncoder(Override):
             encoded = encode(self.module, self.inner, arguments, method)
         finally:
             ENCODING.reset(token)
-        if getattr(ACTIVE.get(), "model", None) is self.module:
+        active = ACTIVE.get()
+        if getattr(active, "model", None) is self.module:
             modality = self.name.split("_")[1]
-            ACTIVE.get().encoded[modality] = as_merged(self.module, modality, arguments, encoded)
+            active.encoded[modality] = as_merged(self.module, modality, arguments, encoded)
         return encoded

@@ -1,13 +1,14 @@
-"""The forward pass that meets the images."""
+"""The forward pass with the images of a request."""
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from ...methods import Row
-from ...methods._base import Budgeted
-from .cache import PrunedLayer, Request, check_windows, kv_bytes, prunable_cache
+from ...methods.base import Budgeted
+from .cache import PrunedLayer, Request, check_windows, count_in_spans, kv_bytes, prunable_cache
 from .models import MODALITIES, UnsupportedError
 from .passes import Pass, additive_mask, check_mask, gather
 from .query_capture import check_capturable, start_capture, stop_capture
@@ -15,21 +16,22 @@ from .token_layout import keep_ranks, keep_tokens, layout_of, spans_from_counts
 from .vision import check_cls_attention, select
 
 
-def brings_images(inputs):
+def has_images(inputs):
+    """Whether a pass has images, as pixels or encoded."""
     pixels = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
     return pixels or bool(encoded_images(inputs))
 
 
 def encoded_images(inputs):
-    """{modality: the encoder's outputs} that a pass was given in place of pixels."""
+    """{modality: the encoder's outputs} that a pass was given instead of pixels."""
     encoded = inputs.get("mm_encoder_outputs")
     if isinstance(encoded, torch.Tensor) or inputs.get("image_hidden_states") is not None:  # Idefics3, SmolVLM
         encoded = {"image": SimpleNamespace(pooler_output=inputs.get("image_hidden_states", encoded))}
-    return {name: own for name, own in (encoded or {}).items() if name in MODALITIES and own is not None}
+    return {name: output for name, output in (encoded or {}).items() if name in MODALITIES and output is not None}
 
 
 class Prefill(Pass):
-    """The pass that meets the images."""
+    """The pass with the images of a request: prunes after the projector and before layers of the decoder."""
 
     def __init__(self, handle, model, method, inputs):
         decoder = handle.decoder
@@ -44,7 +46,7 @@ class Prefill(Pass):
         self.captures = {decoder.layers[i].self_attn: i for i in sorted(queried)}
         self.captured = {}  # layer -> (query, key)
         self.encoded = encoded_images(inputs)
-        self.length = self.left = 0  # of the text, and of what is left of it
+        self.length = self.remaining = 0  # of the text, before and after pruning
         self._check()
 
     def _cache(self):
@@ -67,10 +69,10 @@ class Prefill(Pass):
             raise UnsupportedError(
                 "pruneops: a decoder that was compiled by itself cannot be pruned; compile the model"
             )
-        asks = self.request.asks_between_steps
-        if not self.method_layers and not asks:
+        between_steps = self.request.prunes_between_steps
+        if not self.method_layers and not between_steps:
             return
-        if self.cache is None and (asks or not self.decoder.training):
+        if self.cache is None and (between_steps or not self.decoder.training):
             raise UnsupportedError(
                 "pruneops: use_cache=False cannot be pruned inside the decoder, where every step would choose anew; "
                 "leave use_cache at True, or use a method that prunes after the projector"
@@ -87,7 +89,7 @@ class Prefill(Pass):
             check_capturable(module)
 
     def run(self, forward):
-        cache = self.cache
+        cache: Any = self.cache
         if cache is None:
             self.inputs |= {"use_cache": False, "past_key_values": None}
             out = super().run(forward)
@@ -105,9 +107,9 @@ class Prefill(Pass):
         self.handle.stats.append(self.request.stats)
         images = self.request.stats.images
         if not self.length or not self.encoded:
-            missed = "decoder did not run" if self.encoded else "get_image_features was replaced; patch() again"
-            self.handle.warn_unpruned(f"its {missed}")
-        elif images and self.left == self.length and not self.request.asks_between_steps:
+            reason = "decoder did not run" if self.encoded else "get_image_features was replaced; patch() again"
+            self.handle.warn_unpruned(f"its {reason}")
+        elif images and self.remaining == self.length and not self.request.prunes_between_steps:
             self.handle.warn_unpruned(f"{self.method} kept all tokens of images of {images}")
         return out
 
@@ -119,31 +121,32 @@ class Prefill(Pass):
     def before_decoder(self, decoder, args, kwargs):
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         features = {name: out.pooler_output for name, out in self.encoded.items()}
-        self.length = self.left = embeds.shape[1]
-        self.inside = self.source = None  # where in the decoder's input what is left was, and the reverse of the text
+        self.length = self.remaining = embeds.shape[1]
+        self.entry_index = None  # of each remaining token, its index in the decoder's input
+        self.source = None  # of each token of the text, the index of its `Kept.source` among the remaining
         ids, given = self.inputs.get("input_ids"), self.inputs.get("inputs_embeds")
-        read = bool(self.method_layers) or self.request.asks_between_steps
+        read = bool(self.method_layers) or self.request.prunes_between_steps
         layout = layout_of(self.model, features, ids, given, mask, read)
         if layout is None:
             return args, kwargs
         self.tokens, self.sizes = layout.tokens, layout.tokens.sizes
         self.request.stats.images = self.sizes
-        self.request.length, self.request.last_visual = self.length, [own[-1:] for own in self.tokens.places]
+        self.request.length, self.request.last_visual = self.length, [places[-1:] for places in self.tokens.places]
         self._record(0)
         with self._timed():
             after_projector = self.method.after_projector
             chosen = select(self.method, features, layout.images) if after_projector else None
             if not layout.left_padded or (chosen is not None and sizes_of(chosen) != self.sizes):
-                self._prune_input(kwargs, every_token(self.tokens) if chosen is None else chosen)
+                self._prune_input(kwargs, all_ranks(self.tokens) if chosen is None else chosen)
         self.entry_valid = self.tokens.valid
         self._set_layers(0)
         self._hook_layers(kwargs)
         return args, kwargs
 
     def _prune_input(self, kwargs, chosen):
-        before, again = self.tokens, bool(self.method_layers) or self.request.asks_between_steps
+        before, again = self.tokens, bool(self.method_layers) or self.request.prunes_between_steps
         index, self.source, self.tokens, ranks = keep_tokens(before, chosen, again)
-        self.left = index.shape[1]
+        self.remaining = index.shape[1]
         self._record(0)
         positions, embeds = kwargs.get("position_ids"), kwargs["inputs_embeds"]
         if positions is None:
@@ -159,11 +162,11 @@ class Prefill(Pass):
         kwargs["attention_mask"] = self._input_mask(embeds)
 
     def _input_mask(self, embeds):
-        """[B, tokens of the text], with zeros for what went, as the cache counts them; None where all are valid."""
+        """[B, tokens of the text], with zeros for removed tokens, as the cache counts them; None if all are valid."""
         valid = self.tokens.valid
         if self.cache is None:  # without cache and mask, gaps between positions pass for packed sequences
-            return embeds.new_ones(len(embeds), self.left).long() if valid is None else valid.long()
-        return None if valid is None else torch.nn.functional.pad(valid.long(), (self.length - self.left, 0))
+            return embeds.new_ones(len(embeds), self.remaining).long() if valid is None else valid.long()
+        return None if valid is None else torch.nn.functional.pad(valid.long(), (self.length - self.remaining, 0))
 
     def _hook_layers(self, kwargs):
         layers, first = self.decoder.layers, min(self.method_layers, default=len(self.decoder.layers))
@@ -189,8 +192,8 @@ class Prefill(Pass):
             if i in self.method_layers:
                 with self._timed():
                     hidden = self._prune_layer(i, hidden)
-            if self.inside is not None:
-                kwargs |= self._of_layer(kwargs, hidden)
+            if self.entry_index is not None:
+                kwargs |= self._arguments_of_layer(kwargs, hidden)
             if self.flash and self.source is not None:
                 kwargs["position_ids"] = None
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -202,20 +205,20 @@ class Prefill(Pass):
         ranks, sizes = zip(*(self._choose(i, b, hidden) for b in range(len(hidden))))
         if list(sizes) == before.sizes:
             return hidden
-        index, source, self.tokens, ranks = keep_ranks(before, ranks, list(sizes), again=True)
-        self.left = index.shape[1]
+        index, source, self.tokens, ranks = keep_ranks(before, list(ranks), list(sizes), again=True)
+        self.remaining = index.shape[1]
         self.source = source if self.source is None else source.gather(1, self.source)
-        self.inside = index if self.inside is None else self.inside.gather(1, index)
+        self.entry_index = index if self.entry_index is None else self.entry_index.gather(1, index)
         if self.deepstack is not None:
             self.deepstack = keep_features(self.deepstack, before, ranks)
-        self.replaced = None
+        self.layer_arguments = None
         self._set_layers(i)
         self._record(i)
         return gather([hidden], index, [1])[0]
 
     @torch.no_grad()
     def _choose(self, i, b, hidden):
-        """Of row b, the ranks of the visual tokens that stay, and how many there are of each image."""
+        """Ranks of the visual tokens of row b that are kept, and how many of each image."""
         tokens, count = self.tokens, len(self.decoder.layers)
         first, places = hidden.shape[1] - tokens.lengths[b], tokens.places[b]
         query, key = self.captured.get(i - 1, (None, None))
@@ -235,42 +238,42 @@ class Prefill(Pass):
             return torch.arange(len(places), device=places.device), tokens.sizes[b]
         return chosen, kept_of_images(chosen, row, self.method)
 
-    def _of_layer(self, kwargs, hidden):
-        """Mask, rotary embeddings and positions of the tokens that are left, from those that the decoder made."""
-        if self.replaced is None:
+    def _arguments_of_layer(self, kwargs, hidden):
+        """Mask, rotary embeddings and positions of the remaining tokens, from those that the decoder made."""
+        if self.layer_arguments is None:
             names = [name for name in ("position_embeddings", "position_ids") if kwargs.get(name) is not None]
-            self.replaced = {}
+            self.layer_arguments = {}
             for name in names:
-                own, dim = (kwargs[name], -2) if name == "position_embeddings" else ([kwargs[name]], -1)
-                own = gather(list(own), self.inside, [dim] * len(own))
-                self.replaced[name] = tuple(own) if dim == -2 else own[0]
-            self.replaced["attention_mask"] = self._layer_mask(kwargs.get("attention_mask"), hidden)
-        return self.replaced
+                tensors, dim = (kwargs[name], -2) if name == "position_embeddings" else ([kwargs[name]], -1)
+                tensors = gather(list(tensors), self.entry_index, [dim] * len(tensors))
+                self.layer_arguments[name] = tuple(tensors) if dim == -2 else tensors[0]
+            self.layer_arguments["attention_mask"] = self._layer_mask(kwargs.get("attention_mask"), hidden)
+        return self.layer_arguments
 
     def _layer_mask(self, given, hidden):
         valid = self.tokens.valid
         if self.flash:
             return None if valid is None else valid.long()
         if valid is None and self.entry_valid is None:
-            return None if given is None else given[..., : self.left, : self.left]
+            return None if given is None else given[..., : self.remaining, : self.remaining]
         return additive_mask(torch.ones_like(self.tokens.text) if valid is None else valid, hidden)
 
     def _add_deepstack(self, i):
-        """What the decoder adds to the visual tokens after its first layers (Qwen3-VL)."""
+        """Hook that adds deepstack features to the visual tokens after a layer, as the decoder does (Qwen3-VL)."""
 
         def hook(module, args, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            places = torch.cat([own + b * hidden.shape[1] for b, own in enumerate(self.tokens.places)])
-            more = self.deepstack[i].to(hidden)
-            hidden = hidden.flatten(0, 1).index_add(0, places.to(hidden.device), more).view_as(hidden)
+            index = torch.cat([places + b * hidden.shape[1] for b, places in enumerate(self.tokens.places)])
+            features = self.deepstack[i].to(hidden)
+            hidden = hidden.flatten(0, 1).index_add(0, index.to(hidden.device), features).view_as(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
 
     def _after_decoder(self, module, args, output):
-        """As long as the text again: a token that went has the output of the last one before it that stayed.
+        """Restore the length of the text: a removed token gets the output of the last kept token before it.
 
-        So logits stand where they always do, labels and losses fit, and the token before an answer predicts it.
+        So logits have their usual positions, labels and losses fit, and the token before an answer predicts it.
         """
         if self.source is None:
             return None
@@ -289,17 +292,17 @@ class Prefill(Pass):
         self.request.stats.seconds += self.handle.clock() - start
 
     def _set_layers(self, group):
-        """Layers from number `group` on hold what is left."""
+        """Layers from number `group` on hold the remaining tokens."""
         for layer in self.layers[group:]:
-            layer.group, layer.removed = group, self.length - self.left
-            layer.prompt, layer.valid = self.left, self.tokens.valid
-            if self.request.asks_between_steps:
+            layer.group, layer.removed = group, self.length - self.remaining
+            layer.prompt, layer.valid = self.remaining, self.tokens.valid
+            if self.request.prunes_between_steps:
                 layer.visual = self.tokens.flags()
         request, valid = self.request, self.tokens.valid
         if self.tokens.padding_unknown:
-            request.unread = valid
+            request.unread_padding = valid
         else:
-            request.needs_masks |= valid is not None or self.inside is not None
+            request.needs_masks |= valid is not None or self.entry_index is not None
 
     def _record(self, start):
         kept = self.request.stats.kept
@@ -312,26 +315,27 @@ class Prefill(Pass):
             stats.kv_bytes_unpruned = stats.kv_bytes[0] // self.layers[0].size * self.length
 
 
-def every_token(tokens):
+def all_ranks(tokens):
+    """`chosen` of `keep_tokens` that keeps every token."""
     return [[torch.arange(size, device=tokens.text.device) for size in row] for row in tokens.sizes]
 
 
 def sizes_of(chosen):
-    return [[len(own) for own in row] for row in chosen]
+    """Kept tokens of each image."""
+    return [[len(ranks) for ranks in row] for row in chosen]
 
 
 def keep_features(features, tokens, ranks):
-    """Of features [visual tokens of all rows, D] of some layers, those of ranks [k] of every row."""
+    """For each tensor [visual tokens of all rows, D], the entries of ranks [k] of every row."""
     starts = [first for first, _ in spans_from_counts([len(places) for places in tokens.places])]
-    joined = torch.cat([own + start for own, start in zip(ranks, starts)])
-    return [own.index_select(0, joined.to(own.device)) for own in features]
+    index = torch.cat([chosen + start for chosen, start in zip(ranks, starts)])
+    return [tensor.index_select(0, index.to(tensor.device)) for tensor in features]
 
 
 def kept_of_images(chosen, row, method):
-    """How many of a row's chosen ranks are each image's: as the budget has it, else read."""
+    """How many of a row's chosen ranks belong to each image: by the method's budget, else read."""
     if len(row.images) == 1 or not len(chosen):
         return [len(chosen)] + [0] * (len(row.images) - 1)
     if isinstance(method, Budgeted):
         return [min(method.budget(size), end - start) for size, (start, end) in zip(row.sizes, row.images)]
-    chosen = chosen.cpu().numpy()
-    return [int(((chosen >= start) & (chosen < end)).sum()) for start, end in row.images]
+    return count_in_spans(chosen.cpu().numpy(), row.images)

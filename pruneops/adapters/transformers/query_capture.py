@@ -1,7 +1,8 @@
-"""The queries and keys of an attention module, while it computes what it always does with its own implementation.
+"""Capture of the queries and keys of an attention module, which still runs its own attention implementation.
 
-An attention module looks its function up by a name in its configuration. In a pass that wants its queries the call runs
-on a shallow copy with another name there; the module itself, which other threads may be running, stays as it is.
+An attention module looks up its attention function by a name in its configuration. In a pass that captures queries the
+call runs on a shallow copy of the module whose configuration has another name; the module itself, which other threads
+may be running, is not changed.
 """
 
 import inspect
@@ -18,7 +19,7 @@ _lock = threading.Lock()
 
 
 class ConfigProxy:
-    """A configuration under another attention implementation."""
+    """A configuration with another attention implementation."""
 
     def __init__(self, config):
         self.__dict__.update(_config=config, _attn_implementation=NAME)
@@ -28,7 +29,7 @@ class ConfigProxy:
 
 
 class QueryCapture:
-    """The `forward` of an attention module for as long as passes want its queries; other passes are left alone."""
+    """The `forward` of an attention module while some pass captures its queries; in other passes it changes nothing."""
 
     def __init__(self, module):
         self.module, self.users = module, 0
@@ -39,13 +40,13 @@ class QueryCapture:
             return type(self.module).forward(self.module, *args, **kwargs)
         copy = object.__new__(type(self.module))
         copy.__dict__.update(vars(self.module), config=ConfigProxy(self.module.config))
-        copy.__dict__.pop("forward", None)  # another thread may have taken it away by now
+        copy.__dict__.pop("forward", None)  # another thread may have removed it
         copy.__dict__["_pruneops_captured"] = self.module, layer
         return type(copy).forward(copy, *args, **kwargs)
 
 
 def attention_with_capture(copy, query, key, *args, **kwargs):
-    """The module's own attention function, after a look at the queries and keys."""
+    """Record queries and keys, then call the module's own attention function."""
     module, layer = copy._pruneops_captured
     ACTIVE.get().captured[layer] = query.detach(), key.detach()
     attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation, eager_attention(type(module)))
@@ -53,9 +54,9 @@ def attention_with_capture(copy, query, key, *args, **kwargs):
 
 
 def eager_attention(cls):
-    """What a modeling file calls where no function is registered; a class may derive from that file's (FSDP2's do)."""
-    own = (getattr(inspect.getmodule(base), "eager_attention_forward", None) for base in cls.__mro__)
-    return next(filter(None, own), None)
+    """The eager attention function of the modeling file that defines a class or one of its bases (FSDP2 derives)."""
+    functions = (getattr(inspect.getmodule(base), "eager_attention_forward", None) for base in cls.__mro__)
+    return next(filter(None, functions), None)
 
 
 def check_capturable(module):

@@ -1,8 +1,9 @@
-"""What methods may know of images beside their features: attention from [CLS], where the vision tower has one."""
+"""Encoding of images, with attention from [CLS] where the vision tower has one; selection of their tokens."""
 
 import contextlib
 from contextvars import ContextVar
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -10,7 +11,8 @@ from ...methods import Image, cls_attention
 from .models import UnsupportedError
 from .token_layout import features_of, spans_from_counts
 
-CAPTURED = ContextVar("pruneops_vision_capture", default=())  # dictionaries that projections are put into
+# ids of the dictionaries into which this context captures projections
+CAPTURED: ContextVar[tuple[int, ...]] = ContextVar("pruneops_vision_capture", default=())
 
 
 def check_cls_attention(model, method):
@@ -22,15 +24,18 @@ def check_cls_attention(model, method):
 
 
 def encode(model, encoder, arguments, method):
-    """The encoder's outputs; each image's tensor of `pooler_output` carries `Image`'s optional fields.
+    """The encoder's outputs; each image's tensor of `pooler_output` has `Image`'s optional fields as an attribute.
 
     Parameters
     ----------
     model : PreTrainedModel
-        The base model, whose `get_image_features` or `get_video_features` `encoder` is.
+        The base model.
+    encoder : callable
+        Its `get_image_features` or `get_video_features`.
     arguments : dict
+        Of the encoder.
     method : Method
-        Says whether [CLS] attention is read.
+        Decides whether [CLS] attention is computed.
     """
     reads = method.after_projector and "cls_attention" in getattr(method, "reads", ())
     if not reads or (tower := _last_attention(model)) is None:
@@ -45,13 +50,13 @@ def encode(model, encoder, arguments, method):
             attention = cls_attention(query, key)  # [tiles, n]
         counts = _tiles(model, arguments, len(features))
         if sum(counts) == len(attention):
-            for own, (first, _) in zip(features, spans_from_counts(counts)):
-                own._pruneops_fields = _fields(model, attention[first], len(own))
+            for image, (first, _) in zip(features, spans_from_counts(counts)):
+                image._pruneops_fields = _fields(model, attention[first], len(image))
     return encoded
 
 
 def as_merged(model, modality, arguments, encoded):
-    """The encoder's outputs as they will stand in the prompt.
+    """The encoder's outputs as the model puts them into the prompt.
 
     LLaVA-OneVision ends a video with a newline; transformers 5.0 adds it after the encoder.
     """
@@ -67,23 +72,25 @@ def as_merged(model, modality, arguments, encoded):
 
 
 def image_fields(features):
-    """What `encode` found of an image."""
+    """`Image`'s optional fields of an image, as `encode` set them."""
     return getattr(features, "_pruneops_fields", {})
 
 
 @torch.no_grad()
 def select(method, features, rows):
-    """Ranks within every image of every row. Beams of one prompt share its features, and so its choice.
+    """Ranks of the chosen tokens within every image of every row.
 
-    features: of each modality what the encoder gave; rows: see `token_layout.Layout.images`.
+    Beams of one prompt share its features, and so its choice.
+
+    features: {modality: the encoder's output}; rows: see `token_layout.Layout.images`.
     """
-    chosen, known = [], {}
+    chosen, cached = [], {}
     for row in rows:
         images = [features_of(features[name], first, size) for name, first, size in row]
-        key = tuple(own.data_ptr() for own in images)
-        if key not in known:
-            known[key] = method.select_each([Image(own, **image_fields(own)) for own in images])
-        chosen.append(known[key])
+        key = tuple(image.data_ptr() for image in images)
+        if key not in cached:
+            cached[key] = method.select_each([Image(image, **image_fields(image)) for image in images])
+        chosen.append(cached[key])
     return chosen
 
 
@@ -96,9 +103,11 @@ def _last_attention(model):
 
 @contextlib.contextmanager
 def _capture(attention):
-    """A dictionary that the outputs of q_proj and k_proj are put into, in this context only."""
-    captured = {}
-    hooks = [getattr(attention, name).register_forward_hook(_Remember(name, captured)) for name in ("q_proj", "k_proj")]
+    """A dictionary of the outputs of q_proj and k_proj, of calls in this context only."""
+    captured: dict[str, Any] = {}
+    hooks = [
+        getattr(attention, name).register_forward_hook(_CaptureHook(name, captured)) for name in ("q_proj", "k_proj")
+    ]
     token = CAPTURED.set((*CAPTURED.get(), id(captured)))
     try:
         yield captured
@@ -108,7 +117,7 @@ def _capture(attention):
             hook.remove()
 
 
-class _Remember:
+class _CaptureHook:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
@@ -118,7 +127,7 @@ class _Remember:
 
 
 def _tiles(model, arguments, images):
-    """Tiles of every image: AnyRes cuts it, everything else leaves it whole."""
+    """Tiles of every image: several with AnyRes, else one."""
     sizes = arguments.get("image_sizes")
     if model.config.model_type != "llava_next" or sizes is None:
         return [1] * images
@@ -129,8 +138,10 @@ def _tiles(model, arguments, images):
 
 
 def _fields(model, attention, size):
-    """Of an image of `size` tokens. AnyRes: the first tile is the thumbnail, whose tokens come first; the others'
-    attention is not used."""
+    """`Image`'s optional fields of an image of `size` tokens.
+
+    AnyRes: the first tile is the thumbnail, whose tokens come first; the attention of other tiles is not used.
+    """
     n = len(attention)
     if size == n + 1 and model.config.vision_feature_select_strategy == "full":
         return {"cls_attention": torch.nn.functional.pad(attention, (1, 0))}
