@@ -49,7 +49,7 @@ def seeds(draw, shape, generator, limit=5):
 
 
 @st.composite
-def packings(draw, sequences=4, tokens=14):
+def packings(draw, sequences=4, tokens=20):
     """(lengths, budgets) of sequences packed into one tensor; in half the cases some are 0."""
     minimum = draw(st.integers(0, 1))
     lengths = draw(st.lists(st.integers(minimum, tokens), max_size=sequences))

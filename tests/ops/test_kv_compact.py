@@ -277,12 +277,6 @@ def test_version_of_a_cache(target):
     assert cache._version > version
 
 
-@every_backend
-def test_new_caches_have_no_gradient(target):
-    cache = torch.zeros(1, 1, 3, 2, device=target.device, requires_grad=True)
-    assert not call(target, "kv_compact", [cache], torch.tensor([[0, 2]]))[0].requires_grad
-
-
 # Triton's launchers
 
 
