@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, a file per operator (CONTRIBUTING.md says under which name they are installed)."""
+"""Triton kernels and their launchers, a file per operator; CONTRIBUTING.md has the name they are installed under."""
