@@ -24,8 +24,8 @@ class Tokens(NamedTuple):
     Lists have an entry per row; their contents are known without reading a tensor.
     """
 
-    text: Tensor  # bool [B, S]: valid tokens that belong to no image
-    places: list[Tensor]  # int64 [n] each: positions of the visual tokens, ascending
+    text: Any  # bool [B, S]: valid tokens that belong to no image; None, like places, after the last removal
+    places: Any  # list of int64 [n]: positions of the visual tokens, ascending
     sizes: list[list[int]]  # tokens of each image
     lengths: list[int]  # valid tokens; padding is on the left
     valid: Tensor | None  # bool [B, S]; None: all are
@@ -260,8 +260,8 @@ def keep_ranks(tokens: Tokens, ranks: list[Tensor], sizes: list[list[int]], agai
         valid = tokens.valid.gather(1, index)
     else:
         valid = None if min(lengths, default=0) == longest else stays.gather(1, index)
-    text = tokens.text.gather(1, index) if again else stays[:0]
-    places = [row.index_select(0, positions) for row, positions in zip(source, kept)] if again else []
+    text = tokens.text.gather(1, index) if again else None
+    places = [row.index_select(0, positions) for row, positions in zip(source, kept)] if again else None
     left = Tokens(text, places, sizes, lengths, valid, tokens.padding_unknown)
     return Kept(index, source.clamp_(min=0), left, ranks)
 
