@@ -187,11 +187,20 @@ setup(
         "pruneops",
         *(
             f"pruneops.{name}"
-            for name in ("reference", "ops", "methods", "adapters", "adapters.transformers", "demo", "triton_kernels")
+            for name in (
+                "reference",
+                "ops",
+                "methods",
+                "adapters",
+                "adapters.transformers",
+                "demo",
+                "training",
+                "triton_kernels",
+            )
         ),
     ],
     package_dir={"pruneops": "pruneops", "pruneops.triton_kernels": "triton_kernels"},
-    package_data={"pruneops": ["py.typed", "_build.json"], "pruneops.demo": ["weights/*"]},
+    package_data={"pruneops": ["py.typed", "_build.json"], "pruneops.demo": ["weights/*", "learned/*"]},
     ext_modules=[Extension("pruneops._C", sources=[]), Extension("pruneops._cuda", sources=[])],
     cmdclass={"build_ext": NativeBuild},
 )

@@ -25,10 +25,11 @@ LAYERS = {
     "reference": set(),
     "triton_kernels": {"backends"},
     "ops": {"reference", "triton_kernels", "backends", "checks", "autocast", "_C"},
-    "methods": {"ops", "checks", "autocast", "pruneops"},
+    "methods": {"ops", "networks", "checks", "autocast", "pruneops"},
     "adapters": {"methods", "ops", "checks", "pruneops"},
+    "training": {"adapters", "methods", "networks", "ops", "checks"},
 }
-MODULES = ("backends", "checks", "autocast", "_C")
+MODULES = ("backends", "checks", "autocast", "networks", "_C")
 # All that some folders may import from outside.
 OUTSIDE = {
     "reference": {"torch", "collections"},
@@ -66,7 +67,7 @@ def test_imports_run_one_way(layer):
             else:
                 assert top not in {"benchmarks", "tests"}, f"{path.relative_to(ROOT)} imports {name}"
                 assert top in OUTSIDE.get(layer, {top}), f"{path.relative_to(ROOT)} imports {name}"
-                assert layer == "adapters" or top not in MODELS, f"{path.relative_to(ROOT)} imports {name}"
+                assert layer in ("adapters", "training") or top not in MODELS, f"{path.relative_to(ROOT)} imports {name}"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality train` and `run`. Exit status: 0, 2 for a bad request, 130 after an interruption."""
+"""`python -m benchmarks.quality train`, `run`, `cost`. Exit status: 0, 2 for a bad request, 130 after an interruption."""
 
 import argparse
 import csv
@@ -22,7 +22,8 @@ BARS = {"digit": 0.9, "colour": 0.9, "list": 0.8, "compare": 0.8, "count": 0.8}
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.partition("\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
-    train = what.add_parser("train", help="train the embedded model, or resume its training")
+    train = what.add_parser("train", help="train the embedded model or a learned method on it, or resume that")
+    train.add_argument("--method", choices=("selector", "dyrate", "dtr"), help="a learned method; default: the model")
     train.add_argument("--out", type=Path, default=ROOT / "build" / "quality", metavar="FOLDER")
     train.add_argument("--tower", type=int, metavar="STEPS", help="steps on dense labels")
     train.add_argument("--questions", type=int, metavar="STEPS", help="steps on questions")
@@ -37,11 +38,13 @@ def parse(argv):
     train.add_argument("--scenes", type=int, default=2000, help="held-out scenes for the final evaluation")
     run = what.add_parser("run", help="every method x budget x kind of question")
     run.add_argument("--methods", help="comma-separated; default: all")
-    run.add_argument("--keep", help="comma-separated shares; default: 0.5,0.25,0.1,0.05")
+    run.add_argument("--keep", help="comma-separated shares and counts; default: 0.5,0.25,0.1,0.05,8")
     run.add_argument("--scenes", type=int, help="of each of three seeds")
     run.add_argument("--weights", type=Path, metavar="FOLDER", help="default: those of the package")
     run.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for quality.json, .csv and .png")
-    for command in (train, run):
+    cost = what.add_parser("cost", help="time of every method's selection beside the prefill that it saves")
+    cost.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for quality-cost.json")
+    for command in (train, run, cost):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser, parser.parse_args(argv)
 
@@ -49,6 +52,18 @@ def parse(argv):
 def checksum(weights):
     """SHA-256 of the weights in a folder."""
     return hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
+
+
+def train_method(options):
+    from . import learned
+
+    load = machine.BackgroundLoad()
+    out, summary = learned.train(options.method, options.out, options.restart)
+    report.write(out / learned.SUMMARY, machine.facts(torch.device("cpu")) | summary | {"others_share": load.share()})
+    print(f"{out}: {summary['parameters']} parameters, {summary['seconds']} s, {summary['losses']['held out']}")
+    if options.ship:
+        learned.ship(options.method, out, RESULTS)
+    return 0
 
 
 def train(options):
@@ -89,11 +104,12 @@ def run(options, parser):
     if unknown:
         parser.error(f"--methods: no {unknown[0]!r}; there is: {', '.join(quality.METHODS)}")
     try:
-        keeps = [float(keep) for keep in options.keep.split(",")] if options.keep else list(quality.KEEPS)
+        texts = options.keep.split(",") if options.keep else []
+        keeps = [int(text) if text.isdecimal() else float(text) for text in texts] or list(quality.KEEPS)
     except ValueError:
-        parser.error(f"--keep {options.keep}: comma-separated shares, such as 0.5,0.1")
-    if not all(0 < keep <= 1 for keep in keeps):
-        parser.error(f"--keep {options.keep}: shares lie in (0, 1]")
+        parser.error(f"--keep {options.keep}: comma-separated shares and counts, such as 0.5,0.1,8")
+    if not all(keep >= 1 if isinstance(keep, int) else 0 < keep <= 1 for keep in keeps):
+        parser.error(f"--keep {options.keep}: shares lie in (0, 1], counts begin at 1")
     if not options.out.is_dir():
         parser.error(f"--out {options.out}: no such folder")
     weights = options.weights or embedded.WEIGHTS
@@ -118,10 +134,23 @@ def run(options, parser):
     return 0
 
 
+def cost(options):
+    from . import cost
+
+    load = machine.BackgroundLoad()
+    rows = cost.measure(options.device)
+    facts = machine.facts(torch.device(options.device))
+    report.write(options.out / "quality-cost.json", facts | {"others_share": load.share(), "rows": rows})
+    print(cost.text(rows))
+    return 0
+
+
 def main(argv=None):
     parser, options = parse(argv)
     try:
-        return train(options) if options.what == "train" else run(options, parser)
+        if options.what == "train":
+            return train_method(options) if options.method else train(options)
+        return cost(options) if options.what == "cost" else run(options, parser)
     except KeyboardInterrupt:
         print("benchmarks.quality: interrupted", file=sys.stderr)
         return 130

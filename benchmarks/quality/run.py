@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import pruneops
@@ -24,17 +25,21 @@ from pruneops import methods
 from pruneops.demo import model as embedded
 from pruneops.demo import scenes
 from pruneops.methods.base import Budgeted
+from pruneops.training.data import Example, decoder_inputs, encode
+from pruneops.training.search import ranked_list
 
-KEEPS = 0.5, 0.25, 0.1, 0.05
+KEEPS = 0.5, 0.25, 0.1, 0.05, 8  # shares of the visual tokens, and a count of them
 SEEDS = 0, 1, 2
 SCENES = 100  # of each seed
 ROWS = 40  # of a batch
 Z = 1.96
-UNPRUNED, FOREGROUND = "unpruned", "foreground"
+UNPRUNED, FOREGROUND, SEARCHED = "unpruned", "foreground", "dtr_ub"
+SEARCHED_SCENES = 20  # of each seed: a search costs as much as a thousand answers
 LINES = {  # styles of the baselines and the upper bound
     "random": {"color": "#111111", "ls": "--"},
     "uniform": {"color": "#777777", "ls": "--"},
     FOREGROUND: {"color": "#c99700", "ls": ":"},
+    SEARCHED: {"color": "#c99700", "marker": "*", "ms": 10, "ls": ""},
 }
 
 
@@ -67,16 +72,53 @@ class Foreground(Budgeted):
         return [torch.from_numpy(np.sort(order[: self.budget(len(owner))]))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Searched(Budgeted):
+    """DTR's upper bound: the ranked lists that its search finds, which knows the answers.
+
+    Parameters
+    ----------
+    keep : int
+        At most the lists' length.
+    lists : sequence of Tensor [J]
+        Of every row of the batch, in order.
+    """
+
+    lists: tuple = ()
+    rows: list = field(default_factory=list)
+
+    @property
+    def after_projector(self):
+        return True
+
+    def select_each(self, images):
+        self.rows.append(len(self.rows))
+        return [self.lists[self.rows[-1]][: self.keep].sort().values]
+
+
+def share_of(keep):
+    """A budget as a share of the visual tokens."""
+    return keep / scenes.ROW**2 if isinstance(keep, int) else keep
+
+
+def learned(name):
+    return embedded.LEARNED / f"{name}.safetensors"
+
+
 METHODS = {  # functions of the budget, the owners of a batch's rows, its number; VTW has a share of the layers instead
     "todre": lambda keep, *_: methods.ToDRE(keep=keep),
     "dart": lambda keep, *_: methods.DART(keep=keep),
     "fastv": lambda keep, *_: methods.FastV(keep=keep),
-    "vtw": lambda keep, *_: methods.VTW(layer=max(1, round(keep * embedded.LAYERS))),
+    "vtw": lambda keep, *_: methods.VTW(layer=max(1, round(share_of(keep) * embedded.LAYERS))),
     "divprune": lambda keep, *_: methods.DivPrune(keep=keep),
     "fastervlm": lambda keep, *_: methods.FasterVLM(keep=keep),
+    "selector": lambda keep, *_: methods.Selector(keep=keep, weights=learned("selector")),
+    "dyrate": lambda keep, *_: methods.DyRate(keep=share_of(keep), weights=learned("dyrate")),
+    "dtr": lambda keep, *_: methods.DTR(keep=keep, weights=learned("dtr")),
     "random": lambda keep, _, batch: methods.Random(keep=keep, seed=batch),
     "uniform": lambda keep, *_: methods.Uniform(keep=keep),
     FOREGROUND: lambda keep, owners, _: Foreground(keep=keep, owners=owners),
+    SEARCHED: None,  # needs the questions, see `answer`
 }
 
 
@@ -122,7 +164,7 @@ def measure(weights, device="cpu", *, chosen=tuple(METHODS), keeps=KEEPS, seeds=
         On "cpu" with a process per core.
     chosen : sequence of str
         Of METHODS.
-    keeps : sequence of float
+    keeps : sequence of float or int
     seeds : sequence of int
     count : int
         Scenes of each seed.
@@ -133,14 +175,18 @@ def measure(weights, device="cpu", *, chosen=tuple(METHODS), keeps=KEEPS, seeds=
         method, keep, kind ("all" is the mean of the kinds), accuracy, low, high, by_seed (accuracy, low and high of
         each), asked, tokens.
     """
-    settings = [(UNPRUNED, 1.0), *itertools.product(chosen, keeps)]
-    jobs = [(name, keep, seed, count) for name, keep in settings for seed in seeds]
+    settings = [(UNPRUNED, 1.0), *itertools.product([name for name in chosen if name != SEARCHED], keeps)]
+    if SEARCHED in chosen:
+        settings += [(SEARCHED, keep) for keep in keeps if isinstance(keep, int)]
+    counts = {SEARCHED: min(SEARCHED_SCENES, count)}
+    jobs = [(name, keep, seed, counts.get(name, count)) for name, keep in settings for seed in seeds]
+    jobs.sort(key=lambda job: job[0] != SEARCHED)  # the longest first
     with workers(weights, device) as each:
-        results = list(tqdm(each(answer, jobs), "quality", len(jobs), unit=" runs", disable=None))
+        answers = dict(zip(jobs, tqdm(each(answer, jobs), "quality", len(jobs), unit=" runs", disable=None)))
     rows = []
-    for i, (name, keep) in enumerate(settings):
-        of_setting = results[i * len(seeds) : (i + 1) * len(seeds)]
-        flags = np.array([flags for flags, _ in of_setting]).reshape(len(seeds), count, len(scenes.KINDS))
+    for name, keep in settings:
+        of_setting = [answers[name, keep, seed, counts.get(name, count)] for seed in seeds]
+        flags = np.array([flags for flags, _ in of_setting]).reshape(len(seeds), -1, len(scenes.KINDS))
         tokens = round(statistics.fmean(tokens for _, tokens in of_setting), 2)
         rows += [{"method": name, "keep": keep, **row, "tokens": tokens} for row in summary(flags)]
     return rows
@@ -174,8 +220,20 @@ def start(weights, device):
 def answer(job):
     """`right` of a method's name, budget, seed and number of scenes."""
     name, keep, seed, count = job
-    build = None if name == UNPRUNED else lambda *batch: METHODS[name](keep, *batch)
-    return right(model, *questions_of(seed, count), build)
+    seen, asked = questions_of(seed, count)
+    if name == SEARCHED:
+        lists = searched(seen, asked, keep)
+        return right(model, seen, asked, lambda _, batch: Searched(keep=keep, lists=lists[batch * ROWS :]))
+    return right(model, seen, asked, None if name == UNPRUNED else lambda *batch: METHODS[name](keep, *batch))
+
+
+def searched(seen, asked, ranks):
+    """The ranked list of every question, found by the loss of its answer."""
+    processor, lists = embedded.processor(), []
+    for number, question in asked:
+        example = Example(Image.fromarray(seen[number].pixels), question.text, question.answer)
+        lists.append(ranked_list(model, decoder_inputs(model, encode(processor, [example])), ranks)[0])
+    return tuple(lists)
 
 
 def summary(flags):
@@ -211,13 +269,19 @@ def rounded(*shares):
 
 def text(rows, kind="all"):
     """The table of one kind: a row per method, a column per budget."""
-    keeps = sorted({row["keep"] for row in rows if row["method"] != UNPRUNED}, reverse=True)
+    keeps = sorted({row["keep"] for row in rows if row["method"] != UNPRUNED}, key=share_of, reverse=True)
     cells = {(row["method"], row["keep"]): row for row in rows if row["kind"] == kind}
     unpruned = cells[UNPRUNED, 1.0]
-    lines = [f"{'right answers, ' + kind:24}" + "".join(f"{f'{keep:.0%}':>15}" for keep in keeps)]
+    lines = [f"{'right answers, ' + kind:24}" + "".join(f"{named(keep):>15}" for keep in keeps)]
     for name in dict.fromkeys(name for name, _ in cells if name != UNPRUNED):
-        lines.append(f"{name:24}" + "".join(f"{cell(cells[name, keep]):>15}" for keep in keeps))
+        known = (cell(cells[name, keep]) if (name, keep) in cells else "-" for keep in keeps)
+        lines.append(f"{name:24}" + "".join(f"{text:>15}" for text in known))
     return "\n".join([*lines, f"{UNPRUNED:24}{cell(unpruned):>15}"])
+
+
+def named(keep):
+    """A budget in words."""
+    return f"{keep} tokens" if isinstance(keep, int) else f"{keep:.0%}"
 
 
 def cell(row):
@@ -235,17 +299,19 @@ def plot(rows, picture):
         of_kind = [row for row in rows if row["kind"] == kind]
         for i, name in enumerate(names):
             line = sorted(
-                (row["keep"], row["accuracy"], row["low"], row["high"]) for row in of_kind if row["method"] == name
+                (share_of(row["keep"]), row["accuracy"], row["low"], row["high"])
+                for row in of_kind
+                if row["method"] == name
             )
             keep, accuracy, low, high = zip(*line)
-            style = LINES.get(name, {"color": f"C{i}"})
-            axes.plot(keep, accuracy, marker="o", ms=4, label=name, **style)
+            style = LINES.get(name, {"color": f"C{i % 10}", "ls": "-" if i < 10 else "-."})
+            axes.plot(keep, accuracy, label=name, **{"marker": "o", "ms": 4, **style})
             axes.fill_between(keep, low, high, alpha=0.12, color=style["color"], lw=0)
         (unpruned,) = (row for row in of_kind if row["method"] == UNPRUNED)
         axes.axhline(unpruned["accuracy"], color="k", lw=1, label=UNPRUNED)
         axes.set(title=kind, xscale="log", ylim=(0, 1.02))
-        axes.set_xticks(sorted({row["keep"] for row in of_kind if row["method"] != UNPRUNED}))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        keeps = sorted({row["keep"] for row in of_kind if row["method"] != UNPRUNED}, key=share_of)
+        axes.set_xticks([share_of(keep) for keep in keeps], [named(keep).removesuffix(" tokens") for keep in keeps])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.supxlabel("visual tokens kept")

@@ -10,6 +10,7 @@ from typing import Any
 from .scenes import COLOURS, PATCH, ROW, SIDE
 
 WEIGHTS = Path(__file__).with_name("weights")
+LEARNED = Path(__file__).with_name("learned")  # weights of the methods that are trained on this model
 SPECIAL = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
 WORDS = (
     *map(str, range(10)), *COLOURS, "which", "digit", "is", "what", "colour", "the", "list", "all", "digits", "how",

@@ -411,7 +411,7 @@ def _method(name, keep, seed):
     tokens = scenes.ROW**2
     if isinstance(keep, int) and keep > tokens:
         raise DemoError(f"--keep {keep}: must be a share in (0, 1] or a count of at most the {tokens} visual tokens")
-    given = {"keep": KEEP if keep is None else keep, "seed": seed}
+    given = {"keep": KEEP if keep is None else keep, "seed": seed, "weights": model.LEARNED / f"{name}.safetensors"}
     try:
         return METHODS[name](**{setting: value for setting, value in given.items() if setting in settings})
     except ValueError as error:

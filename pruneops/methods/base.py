@@ -17,6 +17,7 @@ from ..ops import exclusive_bottomk
 SCHEMA = 1
 METHODS: "dict[str, type[Method]]" = {}  # name -> class
 M = TypeVar("M", bound="Method")
+SYSTEM, IMAGE, INSTRUCTION, RESPONSE = range(4)  # groups of tokens in `Step`
 
 
 class Image(NamedTuple):
@@ -64,6 +65,8 @@ class Row(NamedTuple):
         First and last + 1 rank within `visual` of each image, one after another from 0 to n.
     sizes : sequence of int
         Tokens that each image had before any pruning.
+    rotary : (Tensor [S, Dr], Tensor [S, Dr]), optional
+        Cos and sin of the decoder's rotary embeddings at the row's tokens. Required by methods whose `needs` names it.
     """
 
     hidden: Tensor
@@ -73,6 +76,39 @@ class Row(NamedTuple):
     visual: Tensor | None = None
     images: tuple[tuple[int, int], ...] = ()
     sizes: tuple[int, ...] = ()
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+class Step(NamedTuple):
+    """One token after the prompt, in a batch: what it attends to decides what later tokens see.
+
+    A method that removes tokens while text is generated has ``at_step(step)``, which returns the tokens to keep as
+    bool [B, S], some of `alive`, and ``step_layer(count)``: the layers from there on lose the others.
+
+    Parameters
+    ----------
+    query : Tensor [B, H, 1, Dh] or None
+        Of the token, in the layer before `step_layer`, after rotary embedding. None if the method's `needs` does not
+        name it, or if `step_layer` is 0.
+    key : Tensor [B, Hk, S, Dh]
+        Keys of that layer, the token's own at the end. If `step_layer` is 0: of layer 0, before the token.
+    group : Tensor [B, S], int64
+        0 system (text before the first visual token), 1 image, 2 instruction (other text of the prompt), 3 response
+        (all later tokens), -1 padding.
+    alive : Tensor [B, S], bool
+        Visual tokens that the layers from `step_layer` on still hold.
+    tokens : Tensor [B], int64
+        Visual tokens that the layer of `key` holds.
+    generated : int
+        Tokens after the prompt so far, this one included.
+    """
+
+    query: Tensor | None
+    key: Tensor
+    group: Tensor
+    alive: Tensor
+    tokens: Tensor
+    generated: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +143,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Optional fields of `Row` that `at_layer` requires: a subset of ``{"query", "key", "norm"}``."""
+        """Optional fields of `Row` that `at_layer` requires: a subset of ``{"query", "key", "norm", "rotary"}``."""
         return frozenset()
 
     def budget(self, tokens: int) -> int:
@@ -290,6 +326,10 @@ class Method:
             if name in self.needs:
                 fits = tensor.dim() == 3 and tensor.shape[1] == length
                 check(fits, self._label, f"row.{name}", f"of shape {list(tensor.shape)}", f"of shape [H, {length}, Dh]")
+        if "rotary" in self.needs:
+            fits = len(row.rotary) == 2 and all(part.dim() == 2 and len(part) == length for part in row.rotary)
+            shapes = [list(part.shape) for part in row.rotary]
+            check(fits, self._label, "row.rotary", f"of shapes {shapes}", f"cos and sin of shape [{length}, Dr]")
         fits = isinstance(visual, Tensor) and visual.dim() == 1 and visual.dtype == torch.int64
         check(fits, self._label, "row.visual", _describe(visual), "int64 of rank 1")
         ends = [0, *(end for _, end in row.images)]

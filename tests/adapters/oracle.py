@@ -27,11 +27,20 @@ class Thin:
         return [self.kept(len(image.features), 0) for image in images]
 
     def at_layer(self, layer, row, count):
-        assert row.query.shape[1] == row.key.shape[1] == len(row.hidden)
+        if layer:
+            assert row.query.shape[1] == row.key.shape[1] == len(row.hidden)
         return torch.cat([self.kept(end - first, layer) + first for first, end in row.images])
 
-    def at_step(self, step, layer, count):
-        return self.kept(count, step) if step in self.steps else None
+    def step_layer(self, count):
+        return 0
+
+    def at_step(self, step):
+        number = step.generated + 1  # of the next step, before which tokens are removed
+        rank = step.alive.cumsum(1) - 1
+        return step.alive & self.stays(rank, number) if number in self.steps else step.alive
+
+    def stays(self, rank, step):
+        return rank >= 0 if self.keep == 1 else (rank + step) % 3 != 0
 
     def kept(self, count, seed):
         return torch.arange(count)[0 if self.keep == 1 else seed % 2 :: 1 if self.keep == 1 else 2]
@@ -52,12 +61,13 @@ def present(method, spans, length, layers, step):
         if layer in method.at:
             images = [image[method.kept(len(image), layer)] for image in images]
         visual = torch.cat(images) if images else torch.arange(0)
-        for done in range(1, step + 1):
-            ranks = method.at_step(done, layer, len(visual))
-            visual = visual if ranks is None else visual[ranks]
+        if layer == 0:  # decides for all layers
+            left = visual
+            for done in set(range(2, step + 1)) & set(method.steps):
+                left = left[method.stays(torch.arange(len(left)), done)]
         for image in originals:
             visible[layer, image] = False
-        visible[layer, visual] = True
+        visible[layer, visual[torch.isin(visual, left)]] = True
     return visible
 
 

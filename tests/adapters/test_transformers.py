@@ -1,6 +1,7 @@
 """Pruning inside transformers models against the oracle."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -274,8 +275,8 @@ def test_stats():
     with patch(model, METHODS["all three"]) as handle:
         generate(model, prompts(image, TEXTS["left-padded"]))
     (stats,) = handle.stats
-    assert stats.images == [[16], [16]] and stats.kept == [[[4], [4]], [[2], [2]], [[1], [1]], [[1], [1]]]
-    assert stats.totals == [8, 4, 2, 2]
+    assert stats.images == [[16], [16]] and stats.kept == [[[5], [5]], [[2], [2]], [[1], [1]], [[1], [1]]]
+    assert stats.totals == [10, 4, 2, 2]
     record = json.loads(json.dumps(stats.to_dict()))
     assert record["seconds"] > 0 and record["kept"] == stats.kept
     assert 0 < record["kv_bytes"][3] < record["kv_bytes"][0] < record["kv_bytes_unpruned"]
@@ -349,6 +350,50 @@ def test_queries_and_keys():
     with torch.no_grad():
         truth = model(**inputs, output_attentions=True).attentions[1][0, :, -1]
     torch.testing.assert_close(seen[0], truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("texts", TEXTS)
+@pytest.mark.parametrize("projector", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"])
+def test_layer_0(family, attention, projector, texts):
+    """Pruning at the input of the first layer, where no layer before has queries, and of a later one."""
+    model, image = model_of(family, attention)
+    inputs, method = prompts(image, TEXTS[texts]), Thin(projector=projector, at=(0, 2))
+    with patch(model, method):
+        out = generate(model, inputs)
+    assert_oracle(model, inputs, method, out)
+
+
+@pytest.mark.parametrize("projector", [False, True])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_rotary_embeddings(family, projector):
+    """A method that needs them gets the decoder's, at the tokens of its row."""
+    model, image = model_of(family)
+    inputs, decoder, seen, made = prompts(image, TEXTS["left-padded"]), model.get_decoder(), [], []
+
+    class Spy(Thin):
+        needs = frozenset({"rotary"})
+
+        def at_layer(self, layer, row, count):
+            seen.append((layer, row))
+            return self.kept(len(row.visual), layer)
+
+    decoder.rotary_emb.register_forward_hook(lambda module, args, output: made.append(output))
+    with torch.no_grad(), patch(model, Spy(projector=projector, at=(0, 2))):
+        if family == "qwen2_5_vl" and "apply_multimodal_rotary_pos_emb" in vars(inspect.getmodule(type(decoder))):
+            with pytest.raises(UnsupportedError, match=r"reads rotary embeddings \[B, S, Dr\].*take a newer release"):
+                model(**inputs)
+            return
+        model(**inputs)
+    (truth,), first, third = made, [row for layer, row in seen if layer == 0], [row for layer, row in seen if layer == 2]
+    assert len(first) == len(third) == 2
+    for b, (one, two) in enumerate(zip(first, third)):
+        for own, later, whole in zip(one.rotary, two.rotary, truth):
+            assert torch.equal(own, whole[b % len(whole)][-len(one.hidden) :])
+            stays = torch.ones(len(own), dtype=torch.bool).index_fill_(0, one.visual, False)
+            stays[one.visual[::2]] = True
+            assert torch.equal(later, own[stays])
 
 
 def test_own_forward_loop():

@@ -8,6 +8,7 @@ from pruneops.methods import Image, ToDRE, todre
 from tests.contract import assert_same_bits
 from tests.host_sync import host_syncs, no_host_sync
 from tests.methods.cases import LAYERS, METHODS, SIZES, STAGE_2, images, rows
+from tests.methods.weights import rate_classifier
 
 HERE = "pruneops/methods"
 
@@ -81,6 +82,15 @@ def test_functions(function):
     x, y = torch.randn(2, 12, 16, generator=generator), torch.rand(2, 12, generator=generator)
     with no_host_sync(HERE):
         function(x, y)
+
+
+@pytest.mark.usefixtures("backend")
+def test_dyrate():
+    """In the prompt its rate is read; steps of generation read nothing (test_dyrate.py)."""
+    method = methods.DyRate(weights=rate_classifier(), keep=0.25)
+    with host_syncs(HERE) as places:
+        method.at_layer(2, rows()["two images"], LAYERS)
+    assert len(places) == 1 and "dyrate.py" in places[0], places
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pruneops.methods import (
     DART,
     VTW,
     DivPrune,
+    DyRate,
     FasterVLM,
     FastV,
     Image,
@@ -24,9 +25,10 @@ from pruneops.methods import (
     from_json,
 )
 from tests.methods.oracles import prompt
+from tests.methods.weights import rate_classifier
 
-CLASSES = (DART, VTW, DivPrune, FasterVLM, FastV, Random, ToDRE, Uniform)
-BUDGETED = tuple(cls for cls in CLASSES if cls is not VTW)
+CLASSES = (DART, VTW, DivPrune, DyRate, FasterVLM, FastV, Random, ToDRE, Uniform)
+BUDGETED = tuple(cls for cls in CLASSES if cls not in (VTW, DyRate))
 SETTINGS = [
     ToDRE(keep=0.1),
     ToDRE(keep=1, pivot="norm", depths=[0.25], tau=1),
@@ -37,6 +39,7 @@ SETTINGS = [
     VTW(),
     VTW(layer=20),
     DivPrune(keep=0.098),
+    DyRate(weights=rate_classifier(), keep=0.25),
     FasterVLM(keep=64),
     Random(keep=1 / 3, seed=2**70),
     Uniform(keep=1e-5),
@@ -62,7 +65,7 @@ def test_round_trip(method):
 
 
 def test_names():
-    expected = {"todre", "dart", "fastv", "vtw", "divprune", "fastervlm", "random", "uniform"}
+    expected = {"todre", "dart", "fastv", "vtw", "divprune", "dyrate", "fastervlm", "random", "uniform"}
     assert {cls.name for cls in CLASSES} == expected
     assert all(name in methods.__all__ for name in [cls.__name__ for cls in CLASSES])
     assert all(hasattr(methods, name) for name in methods.__all__)
@@ -309,5 +312,5 @@ def test_norm_that_is_missing():
 
 def test_row_of_names():
     """The order of fields that adapters rely on."""
-    assert Row._fields == ("hidden", "query", "key", "norm", "visual", "images", "sizes")
+    assert Row._fields == ("hidden", "query", "key", "norm", "visual", "images", "sizes", "rotary")
     assert Image._fields[:4] == ("features", "cls_attention", "thumbnail", "frames")

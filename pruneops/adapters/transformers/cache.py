@@ -5,14 +5,15 @@ import functools
 from contextvars import ContextVar
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ...methods import Method
+from ...methods import Method, Step
+from ...methods.base import IMAGE, RESPONSE
 from ...ops import kv_compact_
 from .models import UnsupportedError
-from .token_layout import spans_from_counts
 
 ACTIVE: ContextVar[Any] = ContextVar("pruneops_pass", default=None)  # the `Pass` of this thread or task, or None
 
@@ -29,11 +30,18 @@ class PrunedLayer(DynamicLayer):
     removed : int
         Tokens that were removed: length of the text minus length of the cache.
     prompt : int
-        How many of its tokens belong to the prompt.
+        How many of its first tokens the next two describe: those of the prompt, and later ones that it held when
+        tokens were removed last.
     valid : Tensor [B, n], bool, or None
-        Which of its first n tokens may be attended to (None: all). For later ones see the attention mask.
-    visual : Tensor [B, n], bool, or None
-        Which of these tokens belong to an image; only for methods that remove tokens between decode steps.
+        Which of these n tokens may be attended to (None: all). For later ones see the attention mask.
+    origin : Tensor [B, n], int64, or None
+        Number of a visual token among those of its prompt; -1 - group of another (`pruneops.methods.Step`). Only for
+        methods that remove tokens while text is generated, as the next two.
+    decided : Tensor [B, m, N], bool, or None
+        Which of a prompt's N visual tokens are left after each of the last m tokens. They go before the next pass. Only
+        in the first layer that loses tokens.
+    right_padded : bool
+        Rows have padding at the end of the n tokens.
     """
 
     request: Any = None
@@ -41,7 +49,9 @@ class PrunedLayer(DynamicLayer):
     removed: int = 0
     prompt: int = 0
     valid: Tensor | None = None
-    visual: Tensor | None = None
+    origin: Tensor | None = None
+    decided: Tensor | None = None
+    right_padded: bool = False
 
     @property
     def size(self) -> int:
@@ -72,8 +82,9 @@ class PrunedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.request = self.valid = self.visual = None
+        self.request = self.valid = self.origin = self.decided = None
         self.group = self.removed = self.prompt = 0
+        self.right_padded = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, as many as the absolute value; never tokens of an image.
@@ -86,26 +97,37 @@ class PrunedLayer(DynamicLayer):
             return
         size = self.size - count
         if size < self.prompt:
-            if size < self.prompt - self.request.text_after_images:
+            if self.right_padded or size < self.prompt - self.request.text_after_images:
                 raise UnsupportedError("pruneops: pruned images cannot be cropped; begin anew with a shorter prompt")
             self.prompt = size
-            self._each_flag(lambda flags: flags[:, :size])
+            self.valid = None if self.valid is None else self.valid[:, :size]
+            self.origin = None if self.origin is None else self.origin[:, :size]
+        if self.decided is not None:
+            self.decided = self.decided[:, : max(self.decided.shape[1] - count, 0)]
         self.keys, self.values = self.keys[..., :size, :], self.values[..., :size, :]
 
-    def _each_flag(self, change):
-        self.valid, self.visual = (None if flags is None else change(flags) for flags in (self.valid, self.visual))
+    def _each_row(self, change):
+        for name in ("valid", "origin", "decided"):
+            state = getattr(self, name)
+            setattr(self, name, None if state is None else change(state))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._each_flag(lambda flags: flags[beam_idx.to(flags.device)])
+        self._each_row(lambda state: state[beam_idx.to(state.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._each_flag(lambda flags: flags.repeat_interleave(repeats, 0))
+        self._each_row(lambda state: state.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._each_flag(lambda flags: flags[indices])
+        self._each_row(lambda state: state[indices])
+
+    def origins(self, length: int) -> Tensor:
+        """`origin` of its first `length` tokens, later ones included, where its keys are."""
+        origin: Any = self.origin
+        origin = torch.nn.functional.pad(origin, (0, length - origin.shape[1]), value=-1 - RESPONSE)
+        return origin if self.keys is None else origin.to(self.keys.device)
 
 
 class Request:
@@ -123,14 +145,23 @@ class Request:
         Of the prompt.
     last_visual : list of Tensor
         Position of the last visual token of every row.
+    visual : int
+        N, the visual tokens of a prompt before layers of the decoder removed some; in the row that has most.
+    images : list
+        First and last + 1 of each image among them, for every row.
+    step_layer : int
+        The layer from which on tokens are removed while text is generated, if `prunes_between_steps`.
     """
 
     def __init__(self, method: Method, layers: int) -> None:
-        self.method, self.step, self.needs_masks, self.maybe_padded = method, 0, False, False
+        self.method, self.needs_masks, self.maybe_padded = method, False, False
         self.unread_padding: Tensor | None = None
         self.length = 0
         self.last_visual: list[Tensor] = []
+        self.visual, self.images = 0, []
+        removing: Any = method
         self.prunes_between_steps = getattr(method, "at_step", None) is not None
+        self.step_layer = removing.step_layer(layers) if self.prunes_between_steps else 0
         self.stats = Stats([], [[]] * layers, [0] * layers)
 
     @functools.cached_property
@@ -216,38 +247,95 @@ def prunable_cache(cache, decoder):
     return cache
 
 
-def remove_between_steps(request, layers):
-    """Compact the caches of the layers to the tokens that the method's `at_step` keeps.
+def decide(request, layers, valid, captured, new):
+    """bool [B, new, N]: which visual tokens the layers from `step_layer` on hold after each of the new tokens.
 
-    Counts may depend on values here, so the host reads them.
+    valid: bool [B, S], tokens that may be attended to in the layer before; captured: its query and key, or None.
     """
-    for i, layer in enumerate(layers):
-        visual, valid = layer.visual, layer.valid
-        more = layer.size - visual.shape[1]
-        visual = torch.nn.functional.pad(visual, (0, more), value=False)
-        valid = torch.ones_like(visual) if valid is None else torch.nn.functional.pad(valid, (0, more), value=True)
-        counts = visual.sum(1).tolist()
-        ranks = [request.method.at_step(request.step, i, count) for count in counts]
-        if all(chosen is None or len(chosen) == count for chosen, count in zip(ranks, counts)):
-            continue
-        stays = valid & ~visual
-        for row, flags, chosen in zip(stays, visual, ranks):
-            places = flags.nonzero()[:, 0]
-            row.index_fill_(0, places if chosen is None else places[chosen.to(places.device)], True)
-        lengths = stays.sum(1)
-        longest = int(lengths.max())
-        index = (~stays).byte().argsort(dim=1, stable=True)[:, :longest]  # kept tokens first, in order
-        kv_compact_([layer.keys, layer.values], index, lengths=lengths)
+    first = layers[request.step_layer]
+    reference = layers[max(request.step_layer - 1, 0)]
+    query, key = (None, reference.keys) if captured is None else captured
+    size, steps = key.shape[2], []
+    later = new if request.step_layer else 0  # of the new tokens, those that are among the keys
+    origin = reference.origins(size)
+    valid, visual = valid.to(key.device), origin >= 0
+    group = torch.where(visual, IMAGE, -1 - origin).masked_fill(~valid, -1)
+    held = held_tokens(first.origins(first.size).to(key.device), request.visual)
+    for i in range(new):
+        end = size - max(later - 1 - i, 0)
+        alive = visual[:, :end] & held.gather(1, origin[:, :end].clamp(min=0))
+        step = Step(
+            query=None if query is None else query[:, :, i : i + 1],
+            key=key[:, :, :end],
+            group=group[:, :end],
+            alive=alive,
+            tokens=visual.sum(1),
+            generated=first.get_seq_length() - request.length + 1 + i,
+        )
+        keep = request.method.at_step(step) & alive
+        held = held_tokens(origin[:, :end].masked_fill(~keep, -1), request.visual)
+        steps.append(held)
+    return torch.stack(steps, 1)
+
+
+def held_tokens(origin, count):
+    """bool [B, count]: the numbers from 0 that occur in origin [B, S]; negative ones do not count."""
+    index = origin.masked_fill(origin < 0, count)
+    flags = torch.zeros(len(origin), count + 1, dtype=torch.bool, device=origin.device)
+    return flags.scatter_(1, index, True)[:, :count]
+
+
+def remove_decided(request, layers, valid_tokens):
+    """Compact the caches of the layers from `step_layer` on, to what was decided after the last token.
+
+    valid_tokens(layer): bool [B, size], which of its tokens may be attended to. Lengths depend on values, so the host
+    reads them, in one copy.
+    """
+    decided, layers[request.step_layer].decided = layers[request.step_layer].decided, None
+    if decided is None or not decided.shape[1]:
+        return
+    groups: dict[Any, list[int]] = {}  # layers with the same tokens
+    for i, layer in enumerate(layers[request.step_layer :], request.step_layer):
+        groups.setdefault((layer.group, layer.keys.device), []).append(i)
+    plans = [removal(layers[members[0]], decided[:, -1], valid_tokens) for members in groups.values()]
+    facts = torch.stack([facts.to(decided.device) for _, facts in plans]).cpu().numpy()
+    for members, (stays, _), (before, after, *visual) in zip(groups.values(), plans, facts.transpose(0, 2, 1)):
+        if (before != after).any():
+            sizes = [
+                [int(row[first:end].sum()) for first, end in spans]
+                for row, spans in zip(numpy.stack(visual, 1), request.images)
+            ]
+            compact_layers(layers, members, stays, after.tolist())
+            request.needs_masks = True
+            for i in members:
+                request.stats.kept[i], request.stats.kv_bytes[i] = sizes, kv_bytes(layers[i])
+
+
+def removal(layer, held, valid_tokens):
+    """(bool [B, size]: the tokens of a layer that stay; int64 [B, 2 + N]: how many it has, how many stay, and which of
+    the prompt's visual tokens)."""
+    valid, origin = valid_tokens(layer), layer.origins(layer.size)
+    held = held.to(origin.device)
+    stays = valid & ((origin < 0) | held.gather(1, origin.clamp(min=0)))
+    visual = held_tokens(origin.masked_fill(~stays, -1), held.shape[1])
+    return stays, torch.cat([valid.sum(1, keepdim=True), stays.sum(1, keepdim=True), visual.long()], 1)
+
+
+def compact_layers(layers, members, stays, lengths):
+    """Keep the tokens `stays` [B, size] of layers that hold the same; lengths: how many of each row."""
+    longest, first = max(lengths), layers[members[0]]
+    index = (~stays).byte().argsort(dim=1, stable=True)[:, :longest]  # kept tokens first, in order
+    caches = [cache for i in members for cache in (layers[i].keys, layers[i].values)]
+    kv_compact_(caches, index, lengths=stays.sum(1))
+    valid = stays.gather(1, index)
+    origin = first.origins(first.size).gather(1, index).masked_fill(~valid, -1 - RESPONSE)
+    for i in members:
+        layer = layers[i]
         layer.removed += layer.size - longest
         layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
-        layer.visual, layer.prompt = visual.gather(1, index) & stays.gather(1, index), longest
-        layer.valid, layer.group = stays.gather(1, index), i
-        request.needs_masks = True
-        request.stats.kept[i] = [
-            sizes if chosen is None else count_in_spans(chosen, spans_from_counts(sizes))
-            for sizes, chosen in zip(request.stats.kept[i], ranks)
-        ]
-        request.stats.kv_bytes[i] = kv_bytes(layer)
+        layer.origin, layer.prompt, layer.group = origin, longest, members[0]
+        layer.right_padded = min(lengths) < longest
+        layer.valid = valid if layer.right_padded else None
 
 
 def count_in_spans(ranks, spans):

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ...ops import gather_tokens
-from .cache import ACTIVE, remove_between_steps
+from .cache import ACTIVE, decide, remove_decided
 from .models import UnsupportedError, attention_implementation
+from .query_capture import check_capturable, start_capture, stop_capture
 
 
 class Pass:
@@ -48,6 +49,18 @@ class Pass:
 
         self.exit.callback(register(run_if_active, **options).remove)
 
+    def capture(self, module):
+        """Capture the queries and keys of an attention module until the pass ends."""
+        start_capture(module)
+        self.exit.callback(stop_capture, module)
+
+    @contextlib.contextmanager
+    def timed(self):
+        """Count the time inside as selection."""
+        start = self.handle.clock()
+        yield
+        self.request.stats.seconds += self.handle.clock() - start
+
 
 class Continuation(Pass):
     """A pass on a pruned cache for which the model would make wrong masks, or that is pruned again before it."""
@@ -57,35 +70,73 @@ class Continuation(Pass):
         self.layers = inputs["past_key_values"].layers
         check_mask(inputs.get("attention_mask"))
         self.masks = {}  # group of layers -> mask
-        request.step += 1
         ids = inputs.get("input_ids")
-        new = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        self.new = new = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
         # a single new token is no padding, so the mask is all ones unless a later turn brought several tokens
         request.maybe_padded |= inputs.get("attention_mask") is not None and new > 1
         # without padding sdpa needs no mask for one new token, nor flash attention for any
         self.mask_free = not request.maybe_padded and (self.flash or (self.attention == "sdpa" and new == 1))
+        self.removes = request.prunes_between_steps and self.layers[0].origin is not None
+        self.first_removed = request.step_layer if self.removes else len(self.layers)
+        self.seen = None  # bool [B, new, N]: the visual tokens that each new token sees from that layer on, if not all
+        self.captures, self.captured = {}, {}  # attention module -> layer; layer -> (query, key)
+        if self.removes and request.step_layer and "query" in request.method.needs:
+            attention = self.decoder.layers[request.step_layer - 1].self_attn
+            check_capturable(attention)
+            self.captures[attention] = request.step_layer - 1
 
     def has_work(self):
         padded = any(layer.valid is not None for layer in self.layers)
-        return padded or not self.mask_free or self.request.prunes_between_steps
+        return padded or not self.mask_free or self.removes
 
     def before_decoder(self, decoder, args, kwargs):
-        if self.request.prunes_between_steps:
-            remove_between_steps(self.request, self.layers)
         self.given, first = kwargs.get("attention_mask"), self.layers[0]
+        if self.removes:
+            self._remove(decoder, kwargs["inputs_embeds"])
         if first.valid is not None:
             flags = self._flags(first, kwargs["inputs_embeds"])
             kwargs["attention_mask"] = torch.nn.functional.pad(flags, (first.removed, 0))
         mask_free = self.mask_free and first.valid is None
-        for module, layer in zip(decoder.layers, self.layers):
-            if layer.group != first.group and not (mask_free and layer.valid is None):
-                self.hook(module.register_forward_pre_hook, self._before_layer(layer), with_kwargs=True)
+        several = self.new > 1 and not self.flash
+        for i, (module, layer) in enumerate(zip(decoder.layers, self.layers)):
+            other = layer.group != first.group and not (mask_free and layer.valid is None)
+            if other or (several and i >= self.first_removed):
+                self.hook(module.register_forward_pre_hook, self._before_layer(i), with_kwargs=True)
         return args, kwargs
 
-    def _before_layer(self, layer):
+    def _remove(self, decoder, embeds):
+        """Remove what was decided, and decide by the new tokens as soon as their attention is known."""
+        with self.timed():
+            remove_decided(self.request, self.layers, lambda layer: self._flags(layer, embeds)[:, : layer.size].bool())
+        for module in self.captures:
+            self.capture(module)
+        if self.first_removed:
+            hook = self._decide(embeds)
+            self.hook(decoder.layers[self.first_removed].register_forward_pre_hook, hook)
+        else:
+            self._decide(embeds)()
+
+    def _decide(self, embeds):
+        """Hook on the first layer that loses tokens."""
+        reference, first = self.layers[max(self.first_removed - 1, 0)], self.layers[self.first_removed]
+        valid = self._flags(reference, embeds).bool()
+        valid = valid if self.first_removed else valid[:, : reference.size]
+
+        @torch.no_grad()
+        def hook(*_):
+            with self.timed():
+                captured = self.captured.get(self.first_removed - 1)
+                first.decided = decide(self.request, self.layers, valid, captured, self.new)
+                if self.new > 1:
+                    before = torch.ones_like(first.decided[:, :1])  # all that is in the cache
+                    self.seen = torch.cat([before, first.decided[:, :-1]], 1)
+
+        return hook
+
+    def _before_layer(self, i):
         def hook(module, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
-            kwargs["attention_mask"] = self._mask(layer, kwargs.get("attention_mask"), hidden)
+            kwargs["attention_mask"] = self._mask(i, kwargs.get("attention_mask"), hidden)
             return args, kwargs
 
         return hook
@@ -98,14 +149,23 @@ class Continuation(Pass):
         flags = given[:, given.shape[1] - later :].long()
         return flags if layer.valid is None else torch.cat([layer.valid.long(), flags], 1)
 
-    def _mask(self, layer, given, hidden):
+    def _mask(self, i, given, hidden):
         """From the mask that the decoder made for the first layer."""
-        if layer.valid is None and self.layers[0].valid is None:  # only visible tokens were removed: drop left columns
-            return None if given is None else given[..., -(layer.size + hidden.shape[1]) :]
-        if layer.group not in self.masks:
+        layer, removes = self.layers[i], self.seen is not None and not self.flash and i >= self.first_removed
+        if layer.valid is None and self.layers[0].valid is None and not removes:  # only visible tokens were removed
+            return None if given is None else given[..., -(layer.size + hidden.shape[1]) :]  # drop left columns
+        if (layer.group, removes) not in self.masks:
             flags = self._flags(layer, hidden)
-            self.masks[layer.group] = flags if self.flash else additive_mask(flags.bool(), hidden)
-        return self.masks[layer.group]
+            visible = self._visible(layer, flags) if removes else flags.bool()
+            self.masks[layer.group, removes] = flags if self.flash else additive_mask(visible, hidden)
+        return self.masks[layer.group, removes]
+
+    def _visible(self, layer, flags):
+        """bool [B, new, S]: the tokens of a layer that each new token sees, as if it came in a pass of its own."""
+        seen: Any = self.seen
+        origin = layer.origins(flags.shape[1]).to(seen.device)
+        held = seen.gather(2, origin.clamp(min=0)[:, None].expand(-1, seen.shape[1], -1))
+        return (held | (origin < 0)[:, None]) & flags.bool().to(seen.device)[:, None]
 
 
 def check_mask(mask):
@@ -114,10 +174,12 @@ def check_mask(mask):
 
 
 def additive_mask(valid, hidden):
-    """Mask [B, 1, n, S] to be added to the logits of the last n tokens, hidden [B, n, D]; valid: bool [B, S]."""
-    n, length = hidden.shape[1], valid.shape[1]
+    """Mask [B, 1, n, S] to be added to the logits of the last n tokens, hidden [B, n, D]; valid: bool [B, S], or
+    [B, n, S] for each of them."""
+    n, length = hidden.shape[1], valid.shape[-1]
     rows, columns = (torch.arange(count, device=hidden.device) for count in (n, length))
-    visible = valid.to(hidden.device)[:, None] & (columns <= rows[:, None] + length - n)
+    valid = valid[:, None] if valid.dim() == 2 else valid
+    visible = valid.to(hidden.device) & (columns <= rows[:, None] + length - n)
     mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device)
     return mask.masked_fill_(~visible, torch.finfo(hidden.dtype).min)[:, None]
 

@@ -1,17 +1,16 @@
 """The forward pass with the images of a request."""
 
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ...methods import Row
-from ...methods.base import Budgeted
+from ...methods.base import INSTRUCTION, SYSTEM, Budgeted
 from .cache import PrunedLayer, Request, check_windows, count_in_spans, kv_bytes, prunable_cache
 from .models import MODALITIES, UnsupportedError
 from .passes import Pass, additive_mask, check_mask, gather
-from .query_capture import check_capturable, start_capture, stop_capture
+from .query_capture import check_capturable
 from .token_layout import keep_ranks, keep_tokens, layout_of, spans_from_counts
 from .vision import check_cls_attention, select
 
@@ -42,11 +41,12 @@ class Prefill(Pass):
         self.checkpointed = decoder.training and getattr(decoder.layers[0], "gradient_checkpointing", False)
         self.cache, self.layers = self._cache(), []
         reads = {"query"} if self.cache is not None else {"query", "key"}
-        queried = {layer - 1 for layer in self.method_layers} if reads & set(method.needs) else set()
+        queried = {layer - 1 for layer in self.method_layers if layer} if reads & set(method.needs) else set()
         self.captures = {decoder.layers[i].self_attn: i for i in sorted(queried)}
         self.captured = {}  # layer -> (query, key)
         self.encoded = encoded_images(inputs)
         self.length = self.remaining = 0  # of the text, before and after pruning
+        self.numbers = []  # of the visual tokens of every row, for methods that remove more of them later
         self._check()
 
     def _cache(self):
@@ -133,12 +133,15 @@ class Prefill(Pass):
         self.request.stats.images = self.sizes
         self.request.length, self.request.last_visual = self.length, [places[-1:] for places in self.tokens.places]
         self._record(0)
-        with self._timed():
+        with self.timed():
             after_projector = self.method.after_projector
             chosen = select(self.method, features, layout.images) if after_projector else None
             if not layout.left_padded or (chosen is not None and sizes_of(chosen) != self.sizes):
                 self._prune_input(kwargs, all_ranks(self.tokens) if chosen is None else chosen)
         self.entry_valid = self.tokens.valid
+        if self.request.prunes_between_steps and any(map(len, self.tokens.places)):
+            self.numbers = [torch.arange(len(places), device=places.device) for places in self.tokens.places]
+            self.request.visual, self.request.images = max(map(len, self.numbers)), self.tokens.images
         self._set_layers(0)
         self._hook_layers(kwargs)
         return args, kwargs
@@ -181,8 +184,7 @@ class Prefill(Pass):
         for i in range(start, len(layers)):
             self.hook(layers[i].register_forward_pre_hook, self._before_layer(i), with_kwargs=True)
         for module in self.captures:
-            start_capture(module)
-            self.exit.callback(stop_capture, module)
+            self.capture(module)
         if self.source is not None or self.method_layers:
             self.hook(self.decoder.register_forward_hook, self._after_decoder)
 
@@ -190,8 +192,8 @@ class Prefill(Pass):
         def hook(module, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             if i in self.method_layers:
-                with self._timed():
-                    hidden = self._prune_layer(i, hidden)
+                with self.timed():
+                    hidden = self._prune_layer(i, hidden, kwargs)
             if self.entry_index is not None:
                 kwargs |= self._arguments_of_layer(kwargs, hidden)
             if self.flash and self.source is not None:
@@ -200,9 +202,10 @@ class Prefill(Pass):
 
         return hook
 
-    def _prune_layer(self, i, hidden):
+    def _prune_layer(self, i, hidden, kwargs):
         before = self.tokens
-        ranks, sizes = zip(*(self._choose(i, b, hidden) for b in range(len(hidden))))
+        rotary = self._rotary(kwargs, len(hidden)) if "rotary" in self.method.needs else None
+        ranks, sizes = zip(*(self._choose(i, b, hidden, rotary) for b in range(len(hidden))))
         if list(sizes) == before.sizes:
             return hidden
         index, source, self.tokens, ranks = keep_ranks(before, list(ranks), list(sizes), again=True)
@@ -211,13 +214,26 @@ class Prefill(Pass):
         self.entry_index = index if self.entry_index is None else self.entry_index.gather(1, index)
         if self.deepstack is not None:
             self.deepstack = keep_features(self.deepstack, before, ranks)
+        if self.numbers:
+            self.numbers = [row.index_select(0, rank.to(row.device)) for row, rank in zip(self.numbers, ranks)]
         self.layer_arguments = None
         self._set_layers(i)
         self._record(i)
         return gather([hidden], index, [1])[0]
 
+    def _rotary(self, kwargs, batch):
+        """Cos and sin [B, S, Dr] at the remaining tokens, from those of the decoder's input."""
+        parts = kwargs.get("position_embeddings")
+        if parts is None or any(part.dim() != 3 for part in parts):
+            raise UnsupportedError(
+                f"pruneops: {self.method} reads rotary embeddings [B, S, Dr], which this transformers does not pass to "
+                "the decoder's layers for this model; take a newer release, or a method that does not read them"
+            )
+        parts = [part.expand(batch, -1, -1) for part in parts]
+        return parts if self.entry_index is None else gather(parts, self.entry_index, [1, 1])
+
     @torch.no_grad()
-    def _choose(self, i, b, hidden):
+    def _choose(self, i, b, hidden, rotary):
         """Ranks of the visual tokens of row b that are kept, and how many of each image."""
         tokens, count = self.tokens, len(self.decoder.layers)
         first, places = hidden.shape[1] - tokens.lengths[b], tokens.places[b]
@@ -232,6 +248,7 @@ class Prefill(Pass):
             visual=places.to(hidden.device) - first,
             images=tokens.images[b],
             sizes=self.sizes[b],
+            rotary=None if rotary is None else (rotary[0][b, first:], rotary[1][b, first:]),
         )
         chosen = self.method.at_layer(i, row, count) if len(places) else None
         if chosen is None:
@@ -285,19 +302,13 @@ class Prefill(Pass):
 
     # Records
 
-    @contextlib.contextmanager
-    def _timed(self):
-        start = self.handle.clock()
-        yield
-        self.request.stats.seconds += self.handle.clock() - start
-
     def _set_layers(self, group):
         """Layers from number `group` on hold the remaining tokens."""
+        origin = origins(self.tokens, self.numbers) if self.numbers else None
         for layer in self.layers[group:]:
             layer.group, layer.removed = group, self.length - self.remaining
             layer.prompt, layer.valid = self.remaining, self.tokens.valid
-            if self.request.prunes_between_steps:
-                layer.visual = self.tokens.flags()
+            layer.origin = origin
         request, valid = self.request, self.tokens.valid
         if self.tokens.padding_unknown:
             request.unread_padding = valid
@@ -323,6 +334,15 @@ def all_ranks(tokens):
 def sizes_of(chosen):
     """Kept tokens of each image."""
     return [[len(ranks) for ranks in row] for row in chosen]
+
+
+def origins(tokens, numbers):
+    """`PrunedLayer.origin` of tokens whose visual ones have these numbers, for every row."""
+    origin = torch.full(tokens.text.shape, -1 - SYSTEM, device=tokens.text.device)
+    for row, places, own in zip(origin, tokens.places, numbers):
+        row.index_copy_(0, places, own)
+    after = (origin >= 0).cumsum(1) > 0
+    return origin.masked_fill(after & (origin < 0), -1 - INSTRUCTION)
 
 
 def keep_features(features, tokens, ranks):

@@ -1,0 +1,59 @@
+"""Recipes of the learned methods on the embedded model: `python -m benchmarks.quality train --method dtr`.
+
+The code is `pruneops.training`, as for any other model; here are the data and the settings.
+"""
+
+import shutil
+from typing import NamedTuple
+
+from pruneops.demo import model as embedded
+from pruneops.training.__main__ import train as train_method
+from pruneops.training.dtr import RankingConfig
+from pruneops.training.dyrate import DyRateConfig
+from pruneops.training.loop import PICTURE, SUMMARY, TABLE, WEIGHTS, LoopConfig
+from pruneops.training.selector import SelectorConfig
+
+from .examples import Questions
+
+
+class Recipe(NamedTuple):
+    """Settings, and how many questions they are used on."""
+
+    config: LoopConfig
+    examples: int
+
+
+RECIPES = {
+    "selector": Recipe(
+        SelectorConfig(steps=1500, batch=4, p=0.2, q=0.05, upsample=2, held_out=64, eval_steps=250, half=True), 12000
+    ),
+    "dyrate": Recipe(
+        DyRateConfig(
+            steps=300, batch=8, lr=0.1, keeps=(0.5, 0.25, 0.1, 0.05, 0.03125), held_out=64, eval_steps=100,
+            save_steps=50, half=True,
+        ),
+        4000,
+    ),
+    "dtr": Recipe(
+        RankingConfig(
+            steps=1500, batch=8, lr=5e-4, ranks=8, base_layers=2, heads=4, held_out=160, eval_steps=100, half=True
+        ),
+        1280,
+    ),
+}  # fmt: skip
+
+
+def train(method, folder, restart=False):
+    """Train a method in a folder of its own; returns that folder and the summary."""
+    recipe, out = RECIPES[method], folder / method
+    return out, train_method(
+        method, embedded.load(), embedded.processor(), Questions(recipe.examples), out, recipe.config, restart=restart
+    )
+
+
+def ship(method, out, results):
+    """Copy the weights into the package and the records into the results."""
+    embedded.LEARNED.mkdir(exist_ok=True)
+    shutil.copyfile(out / WEIGHTS, embedded.LEARNED / f"{method}.safetensors")
+    for name in (PICTURE, TABLE, SUMMARY):
+        shutil.copyfile(out / name, results / f"quality-{method}-{name}")
