@@ -1,6 +1,7 @@
 """The embedded model, its scenes, short trainings; accuracy of pruned answers within the recorded intervals."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -14,8 +15,10 @@ pytest.importorskip("skimage")
 np = pytest.importorskip("numpy")
 
 from benchmarks.quality import __main__ as command  # noqa: E402
+from benchmarks.quality import cost, examples, learned  # noqa: E402
 from benchmarks.quality import run as quality  # noqa: E402
 from benchmarks.quality import train as training  # noqa: E402
+from pruneops import networks  # noqa: E402
 from pruneops.demo import model as embedded  # noqa: E402
 from pruneops.demo import scenes  # noqa: E402
 
@@ -201,6 +204,40 @@ def test_losses_fall_on_few_scenes(tmp_path):
         assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), stage
 
 
+# The learned methods
+
+
+def test_examples_are_of_every_kind_and_split():
+    train, test = examples.Questions(10), examples.Questions(10, split="test")
+    assert [train[i] for i in (3, 7)] == [train[i] for i in (3, 7)] and len(train) == 10
+    assert train[0].image.tobytes() != test[0].image.tobytes()
+    kinds = "which digit", "what colour", "list all", "which is larger", "how many"
+    assert all(train[i].question.startswith(kinds[i % 5]) for i in range(10))
+
+
+@pytest.mark.parametrize("method", learned.RECIPES)
+def test_a_recipe_trains(method, tmp_path, monkeypatch, capsys):
+    config, _ = learned.RECIPES[method]
+    short = dataclasses.replace(config, steps=2, batch=2, held_out=2)
+    monkeypatch.setitem(learned.RECIPES, method, learned.Recipe(short, 4))
+    if method == "dtr":
+        monkeypatch.setitem(learned.RECIPES, method, learned.Recipe(dataclasses.replace(short, ranks=1), 4))
+    assert command.main(["train", "--method", method, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / method / "training.json").read_text())
+    assert record["commit"] and record["settings"]["steps"] == 2 and "parameters" in capsys.readouterr().out
+    assert (tmp_path / method / "weights.safetensors").is_file()
+
+
+def test_shipped_weights_are_those_of_the_records():
+    assert sum(file.stat().st_size for file in embedded.LEARNED.iterdir()) < 4e6
+    for method, recipe in learned.RECIPES.items():
+        record = json.loads((command.RESULTS / f"quality-{method}-training.json").read_text())
+        network = networks.load(networks.NETWORKS[method], embedded.LEARNED / f"{method}.safetensors")
+        assert network.config == record["config"]
+        assert record["settings"] == json.loads(json.dumps(dataclasses.asdict(recipe.config)))
+        assert record["seconds"] < 30 * 60
+
+
 # The benchmark
 
 
@@ -232,13 +269,36 @@ def test_foreground_keeps_digits_first():
             assert sorted(owners) == [0, 0, 0, 1, 1]  # in turn
 
 
+def test_searched_lists_answer(model, monkeypatch):
+    """DTR's upper bound: two tokens that the search finds answer what two tokens at random do not."""
+    monkeypatch.setattr(quality, "model", model, raising=False)
+    seen, asked = quality.questions_of(3, 2)
+    asked = [each for each in asked if each[1].kind in ("digit", "colour")]
+    lists = quality.searched(seen, asked, 2)
+    assert [len(ranked) for ranked in lists] == [2] * 4
+    flags, tokens = quality.right(model, seen, asked, lambda *_: quality.Searched(keep=2, lists=lists))
+    assert all(flags) and tokens == 2
+    flags, _ = quality.right(model, seen, asked, lambda *_: quality.methods.Random(keep=2, seed=1))
+    assert not all(flags)
+
+
+def test_the_cost_of_selection(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "SCENES", 1)
+    monkeypatch.setattr(cost.measure, "__defaults__", ("cpu", 1))
+    assert command.main(["cost", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "quality-cost.json").read_text())["rows"]}
+    assert rows["dtr"]["parameters"] > 100_000 and rows["todre"]["parameters"] == 0
+    assert all(0 < row["selection_ms"] < row["prefill_ms"] for name, row in rows.items() if name != "vtw")
+    assert "unpruned prefill" in capsys.readouterr().out
+
+
 def test_a_small_run_writes_everything(tmp_path, capsys):
     arguments = [
         "run",
         "--methods",
-        "uniform,vtw,foreground",
+        "uniform,vtw,foreground,dtr_ub",
         "--keep",
-        "0.25,0.05",
+        "0.25,1",
         "--scenes",
         "2",
         "--device",
@@ -248,9 +308,10 @@ def test_a_small_run_writes_everything(tmp_path, capsys):
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "quality.json").read_text())
     rows = list(csv.DictReader((tmp_path / "quality.csv").read_text().splitlines()))
-    assert len(rows) == len(record["rows"]) == (1 + 3 * 2) * 6
+    assert len(rows) == len(record["rows"]) == (1 + 3 * 2 + 1) * 6
     assert record["commit"] and record["versions"]["torch"] == torch.__version__
     tokens = {(row["method"], row["keep"]): row["tokens"] for row in record["rows"]}
+    assert tokens["uniform", 1] == tokens["dtr_ub", 1] == 1 and ("dtr_ub", 0.25) not in tokens
     assert tokens["uniform", 0.25] == 64 and tokens["vtw", 0.25] == 64 and tokens["unpruned", 1.0] == 256
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "right answers, compare" in out and "foreground" in out
@@ -261,7 +322,9 @@ def test_a_small_run_writes_everything(tmp_path, capsys):
     [
         (["run", "--methods", "magic"], "'magic'; there is: todre"),
         (["run", "--keep", "half"], "shares, such as"),
-        (["run", "--keep", "2"], "(0, 1]"),
+        (["run", "--keep", "1.5"], "(0, 1]"),
+        (["run", "--keep", "0"], "counts begin at 1"),
+        (["train", "--method", "magic"], "'magic'"),
         (["run", "--out", "nowhere/at/all"], "no such folder"),
     ],
 )
@@ -291,7 +354,7 @@ def test_the_record_is_of_these_weights_and_reaches_the_bars():
     assert RECORD["weights"] == command.checksum(embedded.WEIGHTS)
 
 
-@pytest.mark.parametrize("name", [quality.UNPRUNED, *quality.METHODS])
+@pytest.mark.parametrize("name", [quality.UNPRUNED, *(name for name in quality.METHODS if name != quality.SEARCHED)])
 def test_answers_at_a_quarter_of_the_tokens(name):
     """On 200 scenes of the record: the same answers up to rounding, so within the interval of each hundred."""
     seeds, count = RECORD["seeds"][:2], RECORD["scenes"]

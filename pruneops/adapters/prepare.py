@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods import Method
+from ..methods import Method, Row
 from ..methods.base import to_device_async
 from ..ops import gather_tokens
 from .transformers.models import (
@@ -39,7 +39,8 @@ def prepare(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict
         The processor's output: input_ids, attention_mask, pixel_values, ... Tensors of the shape of input_ids, such as
         labels, are shortened with them.
     method : pruneops.methods.Method
-        One that prunes after the projector; its `layers`, if it has any, are ignored.
+        One that prunes after the projector, whose `layers`, if it has any, are ignored; or one that prunes nowhere but
+        at the decoder's input (`DTR`).
 
     Returns
     -------
@@ -50,7 +51,7 @@ def prepare(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict
     Raises
     ------
     UnsupportedError
-        On an unknown architecture or an older transformers, and on a method that does not prune after the projector.
+        On an unknown architecture or an older transformers, and on a method that prunes inside the decoder only.
     ValueError
         If the prompts have not as many image tokens as the encoder gave features.
 
@@ -75,7 +76,8 @@ def prepare(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict
     base = real.base_model
     if not accepts_encoded_images(real):
         raise UnsupportedError("pruneops.prepare needs transformers 5.18 or later; use pruneops.patch")
-    if not method.after_projector:
+    at_input = not method.after_projector and method.layers(len(real.get_decoder().layers)) == (0,)
+    if not method.after_projector and not at_input:
         raise UnsupportedError(f"pruneops.prepare: {method} does not prune after the projector; use pruneops.patch")
     check_cls_attention(base, method)
     if inputs.get("use_cache") is False:
@@ -91,16 +93,19 @@ def prepare(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict
     with torch.set_grad_enabled(torch.is_grad_enabled() and real.training):
         encoded = _encode(base, inputs, present, method)
         features = {name: out.pooler_output for name, out in encoded.items()}
-        layout = layout_of(real, features, ids, mask=mask)
+        layout = layout_of(real, features, ids, mask=mask, read=at_input)
         if layout is None:
             return original
-        chosen = select(method, features, layout.images)
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = real._prepare_position_ids_for_generation(ids, original)
+        if at_input:
+            chosen = _select_at_input(real, method, features, layout, ids, positions)
+        else:
+            chosen = select(method, features, layout.images)
         for name, out in encoded.items():
             encoded[name] = _with_fewer_tokens(out, layout.images, chosen, name)
     index, _, tokens, _ = keep_tokens(layout.tokens, chosen)
-    positions = inputs.get("position_ids")
-    if positions is None:
-        positions = real._prepare_position_ids_for_generation(ids, original)
     names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.shape == ids.shape]
     names = [name for name in names if name not in ("attention_mask", "position_ids")]
     tensors = gather_tokens([*(inputs[name] for name in names), positions], index, dim=[-1] * (len(names) + 1))
@@ -133,6 +138,30 @@ def _encode(base, inputs, present, method):
     for name in (*read, "image_grid_thw", "video_grid_thw", "image_sizes", "second_per_grid_ts"):
         inputs.pop(name, None)
     return encoded
+
+
+@torch.no_grad()
+def _select_at_input(model, method, features, layout, ids, positions):
+    """What `select` returns, of a method that prunes at the decoder's input."""
+    decoder, tokens, chosen = model.get_decoder(), layout.tokens, []
+    embeds = model.get_input_embeddings()(ids)
+    positions = positions[1:] if positions.dim() == 3 and len(positions) == 4 else positions  # the first is the text's
+    cos, sin = decoder.rotary_emb(embeds, positions.expand(*positions.shape[:-2], *ids.shape))
+    if cos.dim() != 3:
+        raise UnsupportedError(f"pruneops.prepare: {method} needs a newer transformers here; use pruneops.patch")
+    for b, (images, places) in enumerate(zip(layout.images, tokens.places)):
+        merged = [features_of(features[name], first, size).to(embeds) for name, first, size in images]
+        hidden = embeds[b].index_copy(0, places, torch.cat(merged)) if merged else embeds[b]
+        visible = torch.ones_like(ids[b], dtype=torch.bool) if tokens.valid is None else tokens.valid[b]
+        kept, rank = visible.nonzero()[:, 0], visible.cumsum(0) - 1
+        row = Row(
+            hidden=hidden[kept], visual=rank[places], images=tuple(tokens.images[b]), sizes=tuple(tokens.sizes[b]),
+            rotary=(cos[b, kept], sin[b, kept]),
+        )  # fmt: skip
+        ranks = method.at_layer(0, row, len(decoder.layers))
+        ranks = torch.arange(len(places), device=places.device) if ranks is None else ranks
+        chosen.append([ranks[(ranks >= first) & (ranks < end)] - first for first, end in tokens.images[b]])
+    return chosen
 
 
 def _with_fewer_tokens(encoded, rows, chosen, modality):

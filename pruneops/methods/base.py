@@ -143,7 +143,10 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Optional fields of `Row` that `at_layer` requires: a subset of ``{"query", "key", "norm", "rotary"}``."""
+        """Optional fields of `Row` that `at_layer` requires: a subset of ``{"query", "key", "norm", "rotary"}``.
+
+        With "query" `Step` has one, too.
+        """
         return frozenset()
 
     def budget(self, tokens: int) -> int:

@@ -40,7 +40,9 @@ class DTR(Budgeted):
     weights: str | os.PathLike[str]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", os.fspath(self.weights))
+        if isinstance(self.weights, os.PathLike):
+            object.__setattr__(self, "weights", os.fspath(self.weights))
+        self._check_setting("weights", isinstance(self.weights, str) and self.weights, "a path")
         super().__post_init__()
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..checks import check
 from ..networks import SelectorNetwork, load
-from .base import Budgeted, check_features, top_indices
+from .base import Budgeted, check_features, check_image, is_int, top_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,9 @@ class Selector(Budgeted):
     keep: float | int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", os.fspath(self.weights))
+        if isinstance(self.weights, os.PathLike):
+            object.__setattr__(self, "weights", os.fspath(self.weights))
+        self._check_setting("weights", isinstance(self.weights, str) and self.weights, "a path")
         if self.keep is not None:
             super().__post_init__()
 
@@ -53,6 +55,7 @@ class Selector(Budgeted):
         """As `Budgeted.budget`; without `keep` all tokens, the most that its mask can keep."""
         if self.keep is not None:
             return super().budget(tokens)
+        check(is_int(tokens) and tokens >= 0, self._label, "tokens", repr(tokens), "an int of at least 0")
         return tokens
 
     def _select(self, image, k):
@@ -60,9 +63,11 @@ class Selector(Budgeted):
 
     @without_autocast
     def select(self, image):
-        if self.keep is not None or image.features.shape[-2] == 0:
+        if self.keep is not None:
             return super().select(image)
-        check_features(self._label, image.features)
+        check_image(self._label, image)
+        if image.features.shape[-2] == 0:
+            return super().select(image)
         check(
             image.features.dim() == 2, self._label, "image.features", "a batch", "of shape [n, D]: masks differ in size"
         )

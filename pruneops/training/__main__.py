@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .data import JsonLines
-from .dtr import Ranked, RankingConfig, RankingTask
+from .dtr import Ranked, RankingConfig, RankingTask, without_tail
 from .dyrate import DyRateConfig, DyRateTask
 from .loop import SUMMARY, WEIGHTS, LoopConfig, Task, fit, read_config
 from .search import load_lists, search
@@ -33,7 +33,7 @@ LISTS = "lists"
 
 def train(
     what: str, model: Any, processor: Any, dataset: Dataset, out: Path, config: LoopConfig, *,
-    lists: Path | None = None, restart: bool = False,
+    folder: Path | None = None, restart: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a network, or find the ranked lists of DTR.
 
@@ -50,8 +50,8 @@ def train(
         Folder for all results; an interrupted run goes on from what is there.
     config : LoopConfig
         Of the network.
-    lists : Path, optional
-        Folder of the ranked lists; ``out / "lists"`` by default.
+    folder : Path, optional
+        Of the ranked lists; ``out / "lists"`` by default.
     restart : bool
         Forget the checkpoint; ranked lists are kept.
 
@@ -62,21 +62,22 @@ def train(
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not find each other
     model = model.to(state.device).eval()
     if isinstance(config, SelectorConfig):
         return fit(SelectorTask(model, processor, config), dataset, out, config, restart=restart)
     if isinstance(config, DyRateConfig):
         return fit(DyRateTask(model, processor, config), dataset, out, config, restart=restart)
     assert isinstance(config, RankingConfig)
-    folder, total = lists or out / LISTS, len(dataset)  # type: ignore[arg-type]
+    folder, total = folder or out / LISTS, len(dataset)  # type: ignore[arg-type]
     count = min(config.examples or total, total)
     search(model, processor, dataset, folder, ranks=config.ranks, rows=config.rows, numbers=range(count))
     state.wait_for_everyone()
     if what == "search":
         return {"examples": count, "folder": str(folder)}
     found = load_lists(folder)
-    ranked = Ranked(dataset, dict(zip(found.number.tolist(), found.ranked.long())))
+    lists = without_tail(found.ranked.long(), found.loss, config.min_drop)
+    ranked = Ranked(dataset, dict(zip(found.number.tolist(), lists)))
     task: Task = RankingTask(model, processor, config)
     return fit(task, ranked, out, config, restart=restart)
 
@@ -116,8 +117,12 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
 
     if not folder.is_dir():
         raise ValueError(f"--model {folder}: no such folder")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return find_model("pruneops.training", model), AutoProcessor.from_pretrained(folder)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:  # the processor of a Qwen-VL needs torchvision
+        raise ValueError(f"--model {folder}: {str(error).strip().splitlines()[0]}") from None
+    return find_model("pruneops.training", model), processor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset = JsonLines(options.data)
         model, processor = load_model(options.model, options.dtype)
         result = train(
-            options.what, model, processor, dataset, options.out, config, lists=options.lists, restart=options.restart
+            options.what, model, processor, dataset, options.out, config, folder=options.lists, restart=options.restart
         )
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):

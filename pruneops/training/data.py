@@ -38,7 +38,11 @@ class JsonLines(Dataset[Example]):
 
     def __init__(self, path: Path) -> None:
         self.folder, self.rows = Path(path).parent, []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

@@ -36,10 +36,13 @@ class RankingConfig(LoopConfig):
         Of the cross-attention layers.
     train_base : bool
         Whether the B layers, which start as the decoder's first, are trained too.
+    min_drop : float
+        A list ends with the last token that lowers the loss by at least as much; its first token always counts. What
+        follows is as good as random, where the answer is certain already.
 
     Notes
     -----
-    The paper: J 32, B 10, C 2, M 2, 203,507 examples.
+    The paper: J 32, B 10, C 2, M 2, 203,507 examples, whole lists.
     """
 
     ranks: int = 32
@@ -51,6 +54,7 @@ class RankingConfig(LoopConfig):
     mlp_layers: int = 2
     heads: int = 8
     train_base: bool = True
+    min_drop: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,15 +104,25 @@ class RankingTask(Task):
         order = (~batch.visual).byte().argsort(dim=1, stable=True)[:, : int(counts.max())]  # positions [B, n]
         there = torch.arange(order.shape[1], device=order.device) < counts[:, None]
         text = batch.valid & ~batch.visual & (batch.labels < 0)  # the answer is not known
-        logits = self.network(batch.embeds, order, text, batch.rotary)
+        logits = self.network(batch.embeds.float(), order, text, batch.rotary)
         lists = torch.stack([ranked for _, ranked in examples])[:, : self.settings.ranks].to(order.device)
         classes = rank_classes(lists, there)
         loss = ranking_loss(logits, classes, there, lists.shape[1])
         seen = logits.detach().float().masked_fill(~there[..., None], torch.nan)
         chosen = dtr_ranked(seen, min(lists.shape[1], seen.shape[1]))
-        hit = (classes < lists.shape[1]).gather(1, chosen).float().mean()
+        ranked = classes < lists.shape[1]
+        hit = (ranked.gather(1, chosen).sum(1) / ranked.sum(1)).mean()
         first = (chosen[:, 0] == lists[:, 0]).float().mean()
         return loss, {"recall": hit, "first": first}
+
+
+def without_tail(ranked: Tensor, loss: Tensor, min_drop: float) -> Tensor:
+    """Ranked lists [E, J] with -1 after the last token that lowers the loss [E, J] by at least `min_drop`, above 0."""
+    if not min_drop:
+        return ranked
+    drops = torch.nn.functional.pad(loss[:, :-1] - loss[:, 1:] >= min_drop, (1, 0), value=True)
+    counts = drops.flip(1).byte().cummax(1).values.flip(1).bool()  # a useful token follows, or it is one
+    return ranked.where(counts, -1)
 
 
 def rank_classes(lists: Tensor, there: Tensor) -> Tensor:

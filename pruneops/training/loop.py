@@ -223,6 +223,7 @@ def fit(task: Task, dataset: Dataset, out: Path, config: LoopConfig, *, restart:
     model, optimizer = accelerator.prepare(task, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     if checkpoint is not None:
+        progress.load_state_dict(torch.load(checkpoint / "custom_checkpoint_1.pkl"))  # before weights that may not fit
         accelerator.load_state(str(checkpoint))
     batches = Batches(count, config.batch, config.seed, progress.done * world, config.steps * world)
     loader = accelerator.prepare_data_loader(

@@ -1,6 +1,6 @@
 """Ranked lists of visual tokens, by which DTR's ranking model is trained: a search by the loss of the answer.
 
-DTR (Lyu et al.), section 3.2, Algorithm 1. At every step each remaining visual token is tried with the chosen ones, and
+DTR, section 3.2, Algorithm 1. At every step each remaining visual token is tried with the chosen ones, and
 the one of lowest loss is chosen. Tokens stand in the prompt in ascending order at their original positions.
 """
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,37 +108,64 @@ def masked(decoder, masks):
             registered.remove()
 
 
-def logits(model, inputs, spans, method, generated):
-    """[steps, B, vocabulary]: of the last token after the prompt and after each generated token but the last.
+class Sequence(NamedTuple):
+    """A batch of prompts and what is generated from them: the decoder's inputs, [B, T]."""
 
-    generated [B, steps]; spans: per row, where its images are; see `places_of`.
-    """
+    embeds: Tensor
+    positions: Tensor
+    valid: Tensor  # bool
+    prompt: int  # its length
+    extra: dict  # deepstack features
+
+
+def sequence(model, inputs, generated):
+    """The `Sequence` of the prompts and all generated tokens [B, steps] but the last."""
     decoder, calls = model.get_decoder(), []
     with torch.no_grad(), recorded(decoder, calls):
         count = generated.shape[1]
         model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    first, steps = calls[0], calls[1:]
+    first, prompt = calls[0], inputs["input_ids"].shape[1]
     embeds = torch.cat([first["inputs_embeds"], model.get_input_embeddings()(generated[:, :-1])], 1)
     positions = torch.cat([call["position_ids"] for call in calls], -1)
-    prompt, (B, T) = inputs["input_ids"].shape[1], embeds.shape[:2]
-    layers = len(decoder.layers)
-    visible = torch.zeros(layers, B, T, T, dtype=torch.bool)
+    B, T = embeds.shape[:2]
     valid = torch.cat([inputs["attention_mask"], torch.ones(B, T - prompt)], 1).bool()
-    for b in range(B):
-        for row in range(T):
-            step = max(0, row - prompt + 1)
-            visible[:, b, row] = present(method, spans[b], T, layers, step) & valid[b]
-    visible &= torch.ones(T, T).tril().bool()
-    visible |= torch.eye(T).bool()
-    masks = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, :, None]
     extra = {}
     if first.get("visual_pos_masks") is not None:
         flags = first["visual_pos_masks"]
         extra["visual_pos_masks"] = torch.cat([flags, flags.new_zeros(B, T - prompt)], 1)
         extra["deepstack_visual_embeds"] = first["deepstack_visual_embeds"]
-    assert len(steps) == T - prompt
+    assert len(calls) == 1 + T - prompt
+    return Sequence(embeds, positions, valid, prompt, extra)
+
+
+def masked_logits(model, tokens, visible):
+    """[T - prompt + 1, B, vocabulary] of a `Sequence`, from the end of the prompt on.
+
+    visible: bool [layers, B, T, T], whether the second token can be seen by the first; not the padding's and not later
+    ones, anyway.
+    """
+    decoder, T = model.get_decoder(), tokens.embeds.shape[1]
+    visible = visible & tokens.valid[:, None] & torch.ones(T, T).tril().bool()
+    visible |= torch.eye(T).bool()
+    masks = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, :, None]
     with torch.no_grad(), masked(decoder, masks):
         hidden = decoder(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=masks[0], use_cache=False, **extra
-        ).last_hidden_state
-        return model.lm_head(hidden[:, prompt - 1 :]).transpose(0, 1)
+            inputs_embeds=tokens.embeds, position_ids=tokens.positions, attention_mask=masks[0], use_cache=False,
+            **tokens.extra,
+        ).last_hidden_state  # fmt: skip
+        return model.lm_head(hidden[:, tokens.prompt - 1 :]).transpose(0, 1)
+
+
+def logits(model, inputs, spans, method, generated):
+    """[steps, B, vocabulary]: of the last token after the prompt and after each generated token but the last.
+
+    generated [B, steps]; spans: per row, where its images are; see `places_of`.
+    """
+    tokens, layers = sequence(model, inputs, generated), len(model.get_decoder().layers)
+    B, T = tokens.valid.shape
+    visible = torch.zeros(layers, B, T, T, dtype=torch.bool)
+    for b in range(B):
+        for row in range(T):
+            step = max(0, row - tokens.prompt + 1)
+            visible[:, b, row] = present(method, spans[b], T, layers, step)
+    return masked_logits(model, tokens, visible)

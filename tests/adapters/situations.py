@@ -11,13 +11,15 @@ from pruneops import methods
 from tests.adapters.oracle import Thin
 from tests.adapters.test_transformers import TEXTS, generate
 from tests.adapters.tiny import model_of, prompts
+from tests.methods.weights import rate_classifier
 
 transformers.logging.set_verbosity_error()
 PROJECTOR = methods.ToDRE(keep=0.5, depths=())
 LAYER = methods.DART(keep=0.5, layer=2)
 QUERY = methods.FastV(keep=0.5, layer=2)
 THIN = Thin(projector=True, at=(1, 3), steps=(2,))
-KINDS = {"projector": PROJECTOR, "layer": LAYER, "query": QUERY, "all three": THIN}
+DYRATE = methods.DyRate(weights=rate_classifier(heads=4, layer=2, slope=6.0, noise=0.5), keep=0.5)
+KINDS = {"projector": PROJECTOR, "layer": LAYER, "query": QUERY, "all three": THIN, "dyrate": DYRATE}
 every_kind = pytest.mark.parametrize("method", KINDS.values(), ids=KINDS)
 
 

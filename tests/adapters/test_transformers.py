@@ -386,7 +386,8 @@ def test_rotary_embeddings(family, projector):
                 model(**inputs)
             return
         model(**inputs)
-    (truth,), first, third = made, [row for layer, row in seen if layer == 0], [row for layer, row in seen if layer == 2]
+    (truth,) = made
+    first, third = ([row for number, row in seen if number == layer] for layer in (0, 2))
     assert len(first) == len(third) == 2
     for b, (one, two) in enumerate(zip(first, third)):
         for own, later, whole in zip(one.rotary, two.rotary, truth):

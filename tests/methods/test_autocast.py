@@ -18,7 +18,9 @@ X, SCORES = images([576])[0][:2]
 PARTS, TEXT = X.split(16), (X[:20] + 1, SCORES[:20])
 QUERY, KEY, GROUP = clustered((4, 50, 16), seed=1), clustered((2, 50, 16), seed=2), torch.arange(50) // 17
 PIVOT, STARTS, PIVOTS = torch.tensor(3), torch.tensor([0, 200, 576]), torch.tensor([5, 300])
-TOKENS_AND_RATE = torch.tensor([576]), torch.tensor([3])
+LAST, SCORES_OF_ONE, ALIVE = QUERY[:, -1:], SCORES[None], SCORES[None] > 0.2
+TOKENS, RATE = torch.tensor([576]), torch.tensor([3])
+CACHE, STAYS, LENGTHS = KEY[None].clone(), GROUP[None] > 0, torch.tensor([40])
 TWO = X.unflatten(0, (2, 288)), SCORES.unflatten(0, (2, 288))
 
 FUNCTIONS = {
@@ -26,9 +28,9 @@ FUNCTIONS = {
     "dart_select": lambda: methods.dart_select(X, SCORES, 100, text=TEXT[0], text_norms=TEXT[1]),
     "divprune_select": lambda: methods.divprune_select(X, 60),
     "divprune_start": lambda: [methods.divprune_start(x) for x in PARTS],
-    "dyrate_compact_": lambda: methods.dyrate_compact_([KEY[None].clone()], GROUP[None] > 0, torch.tensor([40])),
-    "dyrate_distribution": lambda: methods.dyrate_distribution(QUERY[:, -1:], KEY, GROUP),
-    "dyrate_keep": lambda: methods.dyrate_keep(SCORES[None], SCORES[None] > 0.2, *TOKENS_AND_RATE, 8),
+    "dyrate_compact_": lambda: methods.dyrate_compact_([CACHE], STAYS, LENGTHS),
+    "dyrate_distribution": lambda: methods.dyrate_distribution(LAST, KEY, GROUP),
+    "dyrate_keep": lambda: methods.dyrate_keep(SCORES_OF_ONE, ALIVE, TOKENS, RATE, 8),
     "fastervlm_select": lambda: methods.fastervlm_select(SCORES, 60),
     "fastv_scores": lambda: methods.fastv_scores(QUERY, KEY),
     "fastv_select": lambda: methods.fastv_select(SCORES, 60),

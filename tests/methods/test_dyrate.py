@@ -212,10 +212,9 @@ def test_files_that_do_not_fit(tmp_path):
         DyRate(weights=other, keep=0.5).layers(4)
     with pytest.raises(ValueError, match=r"keep must be one that .*safetensors has: 0.25, 0.5, got 0.3"):
         DyRate(weights=WEIGHTS, keep=0.3).layers(4)
+    layers = "one of the decoder.s layers"
     for count in (1, 2):
-        with pytest.raises(
-            ValueError, match=rf"safetensors must be for one of the decoder's layers 1 to {count - 1}, got"
-        ):
+        with pytest.raises(ValueError, match=rf"safetensors must be for {layers} 1 to {count - 1}, got"):
             METHOD.layers(count)
     heads = DyRate(weights=rate_classifier(heads=8), keep=0.5)
     with pytest.raises(ValueError, match="must be for the decoder's 4 heads, got for 8"):

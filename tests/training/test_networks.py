@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import pruneops.demo
 from pruneops import networks
+from pruneops.adapters.transformers import UnsupportedError
 from pruneops.networks import RankingModel, RateClassifier, SelectorNetwork, load, rotated, save
 from pruneops.training.data import decoder_inputs, encode
 from pruneops.training.dtr import RankingConfig, from_decoder
+from tests.adapters import tiny
 from tests.contract import assert_same_bits
 
 BASE = dict(layers=1, heads=4, key_heads=2, head_dim=8, hidden=24, bias=True)
@@ -212,11 +214,8 @@ def test_settings_of_the_ranking_model(loaded):
 
 
 def test_layers_of_other_decoders_are_refused():
-    from pruneops.adapters.transformers import UnsupportedError
-    from tests.adapters import tiny
-
     model, _ = tiny.model_of("glm4v")
-    with pytest.raises(UnsupportedError, match="none of Llama's or Qwen2's.*set base_layers to 0"):
+    with pytest.raises(UnsupportedError, match=r"none of Llama's or Qwen2's.*set base_layers to 0"):
         from_decoder(model.get_decoder(), RankingConfig())
 
 

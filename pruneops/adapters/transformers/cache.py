@@ -250,7 +250,8 @@ def prunable_cache(cache, decoder):
 def decide(request, layers, valid, captured, new):
     """bool [B, new, N]: which visual tokens the layers from `step_layer` on hold after each of the new tokens.
 
-    valid: bool [B, S], tokens that may be attended to in the layer before; captured: its query and key, or None.
+    valid: bool [B, S + new], which tokens may be attended to in the layer before, new ones included; those that may not
+    (padding) decide nothing. captured: the query and key there, or None.
     """
     first = layers[request.step_layer]
     reference = layers[max(request.step_layer - 1, 0)]
@@ -259,7 +260,7 @@ def decide(request, layers, valid, captured, new):
     later = new if request.step_layer else 0  # of the new tokens, those that are among the keys
     origin = reference.origins(size)
     valid, visual = valid.to(key.device), origin >= 0
-    group = torch.where(visual, IMAGE, -1 - origin).masked_fill(~valid, -1)
+    group = torch.where(visual, IMAGE, -1 - origin).masked_fill(~valid[:, :size], -1)
     held = held_tokens(first.origins(first.size).to(key.device), request.visual)
     for i in range(new):
         end = size - max(later - 1 - i, 0)
@@ -272,7 +273,7 @@ def decide(request, layers, valid, captured, new):
             tokens=visual.sum(1),
             generated=first.get_seq_length() - request.length + 1 + i,
         )
-        keep = request.method.at_step(step) & alive
+        keep = (request.method.at_step(step) | ~valid[:, i - new, None]) & alive
         held = held_tokens(origin[:, :end].masked_fill(~keep, -1), request.visual)
         steps.append(held)
     return torch.stack(steps, 1)
@@ -305,7 +306,7 @@ def remove_decided(request, layers, valid_tokens):
                 [int(row[first:end].sum()) for first, end in spans]
                 for row, spans in zip(numpy.stack(visual, 1), request.images)
             ]
-            compact_layers(layers, members, stays, after.tolist())
+            compact_layers(layers, members, stays, after.tolist(), request.maybe_padded)
             request.needs_masks = True
             for i in members:
                 request.stats.kept[i], request.stats.kv_bytes[i] = sizes, kv_bytes(layers[i])
@@ -321,8 +322,11 @@ def removal(layer, held, valid_tokens):
     return stays, torch.cat([valid.sum(1, keepdim=True), stays.sum(1, keepdim=True), visual.long()], 1)
 
 
-def compact_layers(layers, members, stays, lengths):
-    """Keep the tokens `stays` [B, size] of layers that hold the same; lengths: how many of each row."""
+def compact_layers(layers, members, stays, lengths, maybe_padded):
+    """Keep the tokens `stays` [B, size] of layers that hold the same; lengths: how many of each row.
+
+    maybe_padded: the attention mask may hide later tokens, which are gone now, so it does not fit what is left of them.
+    """
     longest, first = max(lengths), layers[members[0]]
     index = (~stays).byte().argsort(dim=1, stable=True)[:, :longest]  # kept tokens first, in order
     caches = [cache for i in members for cache in (layers[i].keys, layers[i].values)]
@@ -335,7 +339,7 @@ def compact_layers(layers, members, stays, lengths):
         layer.keys, layer.values = layer.keys[:, :, :longest], layer.values[:, :, :longest]
         layer.origin, layer.prompt, layer.group = origin, longest, members[0]
         layer.right_padded = min(lengths) < longest
-        layer.valid = valid if layer.right_padded else None
+        layer.valid = valid if layer.right_padded or maybe_padded else None
 
 
 def count_in_spans(ranks, spans):

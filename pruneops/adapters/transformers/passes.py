@@ -63,7 +63,12 @@ class Pass:
 
 
 class Continuation(Pass):
-    """A pass on a pruned cache for which the model would make wrong masks, or that is pruned again before it."""
+    """A pass on a pruned cache for which the model would make wrong masks, or that is pruned again before it.
+
+    A method that removes tokens while text is generated decides once for every new token. In a pass of several
+    (candidates of speculation, a later turn) masks let each see what it would see in a pass of its own; flash attention
+    has no such masks, so there all see what the first one sees.
+    """
 
     def __init__(self, handle, request, inputs):
         super().__init__(handle, request, inputs)
@@ -120,7 +125,6 @@ class Continuation(Pass):
         """Hook on the first layer that loses tokens."""
         reference, first = self.layers[max(self.first_removed - 1, 0)], self.layers[self.first_removed]
         valid = self._flags(reference, embeds).bool()
-        valid = valid if self.first_removed else valid[:, : reference.size]
 
         @torch.no_grad()
         def hook(*_):
