@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality train`, `run`, `cost`. Exit status: 0, 2 for a bad request, 130 after an interruption."""
+"""`python -m benchmarks.quality train`, `run`, `cost`. Exit status: 0, 2: bad request, 130: interrupted."""
 
 import argparse
 import csv

@@ -25,18 +25,23 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "selector": Recipe(
-        SelectorConfig(steps=1500, batch=4, p=0.2, q=0.05, upsample=2, held_out=64, eval_steps=250, half=True), 12000
+        SelectorConfig(
+            steps=2400, batch=4, p=0.2, q=0.05, alpha=2.0, upsample=2, held_out=64, eval_steps=300, save_steps=300,
+            half=True,
+        ),
+        12000,
     ),
     "dyrate": Recipe(
         DyRateConfig(
-            steps=300, batch=8, lr=0.1, keeps=(0.5, 0.25, 0.1, 0.05, 0.03125), held_out=64, eval_steps=100,
-            save_steps=50, half=True,
+            steps=300, batch=8, lr=0.03, flops=3.0, keeps=(0.5, 0.25, 0.1, 0.05, 0.03125), held_out=40, eval_steps=75,
+            save_steps=75, half=True,
         ),
         4000,
     ),
     "dtr": Recipe(
         RankingConfig(
-            steps=1500, batch=8, lr=5e-4, ranks=8, base_layers=2, heads=4, held_out=160, eval_steps=100, half=True
+            steps=1500, batch=8, lr=1e-3, ranks=8, shard=32, min_drop=0.01, base_layers=2, heads=4, held_out=160, eval_steps=250,
+            save_steps=250, half=True,
         ),
         1280,
     ),

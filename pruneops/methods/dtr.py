@@ -26,8 +26,8 @@ class DTR(Budgeted):
     weights : path
         A file that `python -m pruneops.training dtr` wrote.
     keep : float or int
-        Of every image: a share (float) in (0, 1] or a count (int). Beyond the J ranks of the model the tokens that are
-        likeliest to have any rank follow.
+        Of every image: a share (float) in (0, 1] or a count (int). Beyond the J ranks of the model they are assigned
+        again, to the tokens that are left.
 
     Notes
     -----
@@ -107,8 +107,8 @@ def dtr_ranked(logits: Tensor, k: int) -> Tensor:
     Returns
     -------
     Tensor [.., k], int64
-        The first J by `pruneops.assign_ranks`, then those that are likeliest to have a rank. Ties go to the lowest
-        index, tokens of logits that are not finite come last.
+        In rounds of J: `pruneops.assign_ranks` of the tokens that are left, so that each rank in turn has its likeliest
+        one again. Ties go to the lowest index, tokens of logits that are not finite come last.
 
     Raises
     ------
@@ -117,16 +117,17 @@ def dtr_ranked(logits: Tensor, k: int) -> Tensor:
     """
     tokens, classes = logits.shape[-2:]
     check(1 <= k <= tokens, "methods.dtr_ranked", "k", k, f"1 to the {tokens} tokens")
-    ranks = min(classes - 1, k) if classes > 2 else 0
-    if not ranks:
-        return _by_importance(logits)[..., :k]
-    chosen = assign_ranks(logits, ranks)
-    if k == ranks:
-        return chosen
-    order = _by_importance(logits)
-    taken = torch.zeros_like(order, dtype=torch.bool).scatter(-1, chosen, True).gather(-1, order)
-    rest = order.gather(-1, torch.argsort(taken.byte(), dim=-1, stable=True))  # those chosen already go to the end
-    return torch.cat([chosen, rest[..., : k - ranks]], -1)
+    if classes == 2:
+        return torch.argsort(_odds(logits), dim=-1, descending=True, stable=True)[..., :k]
+    left = torch.arange(tokens, device=logits.device).expand(logits.shape[:-1])
+    chosen, ranks = [], classes - 1
+    for first in range(0, k, ranks):
+        best = assign_ranks(logits, min(ranks, k - first))
+        chosen.append(left.gather(-1, best))
+        taken = torch.zeros_like(left, dtype=torch.bool).scatter(-1, best, True)
+        rest = torch.argsort(taken.byte(), dim=-1, stable=True)[..., : left.shape[-1] - best.shape[-1]]
+        left, logits = left.gather(-1, rest), logits.gather(-2, rest[..., None].expand(*rest.shape, classes))
+    return torch.cat(chosen, -1)
 
 
 @without_autocast
@@ -143,16 +144,11 @@ def dtr_select(logits: Tensor, k: int) -> Tensor:
     Tensor [.., k], int64
     """
     if logits.shape[-1] == 2:
-        return top_indices(_important(logits), k)
+        return top_indices(_odds(logits), k)
     return dtr_ranked(logits, k).sort(-1).values
 
 
-def _by_importance(logits):
-    return torch.argsort(_important(logits), dim=-1, descending=True, stable=True)
-
-
-def _important(logits):
-    """Log-odds of having any rank [.., n]; -inf where they are not finite."""
-    logits = logits.float()
-    odds = logits[..., :-1].logsumexp(-1) - logits[..., -1]
+def _odds(logits):
+    """Of two classes, the log-odds of the first [.., n]; -inf where they are not finite."""
+    odds = logits[..., 0].float() - logits[..., 1].float()
     return torch.where(odds.isfinite(), odds, -torch.inf)

@@ -71,7 +71,16 @@ def train(
     assert isinstance(config, RankingConfig)
     folder, total = folder or out / LISTS, len(dataset)  # type: ignore[arg-type]
     count = min(config.examples or total, total)
-    search(model, processor, dataset, folder, ranks=config.ranks, rows=config.rows, numbers=range(count))
+    search(
+        model,
+        processor,
+        dataset,
+        folder,
+        ranks=config.ranks,
+        rows=config.rows,
+        shard=config.shard,
+        numbers=range(count),
+    )
     state.wait_for_everyone()
     if what == "search":
         return {"examples": count, "folder": str(folder)}

@@ -26,8 +26,8 @@ class RankingConfig(LoopConfig):
         J, at most 64.
     examples : int
         How many of the data are searched, from the first; 0 for all.
-    rows : int
-        Candidates of a forward pass of the search.
+    rows, shard : int
+        Of the search: candidates of a forward pass, examples of a file.
     two_classes : bool
         The relaxation: ranked or not, instead of J + 1 classes.
     base_layers, cross_layers, mlp_layers : int
@@ -48,6 +48,7 @@ class RankingConfig(LoopConfig):
     ranks: int = 32
     examples: int = 0
     rows: int = 64
+    shard: int = 64
     two_classes: bool = False
     base_layers: int = 10
     cross_layers: int = 2

@@ -2,8 +2,8 @@
 
 In every step of the answer the attention of its token gives a distribution v_t; the classifier's rate, drawn by
 straight-through Gumbel-Softmax, masks the least attended visual tokens in the layers from L on. The loss is the
-answer's cross-entropy and the squared distance of the expected FLOPs from those of the wanted budget. Source:
-arXiv:2501.14204, section III-C; the paper names no term for the FLOPs.
+answer's cross-entropy and the squared log ratio of what visual tokens cost to what they would cost at the wanted
+budget, in expected FLOPs. Source: arXiv:2501.14204, section III-C; the paper names no term for the FLOPs.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from .data import Batch, Example, decoder_inputs, encode
 from .loop import LoopConfig, Task
 
 NAME = "pruneops_dyrate_training"
+MAX_EXPONENT = 4.0  # bounds the gradient to a token that is dropped, though a later layer would attend to it
 MASKS: ContextVar["Masks"] = ContextVar("pruneops_dyrate_masks")
 
 
@@ -112,16 +113,23 @@ class DyRateTask(Task):
         wanted = self.flops(keep * masks.tokens[:, None].expand_as(masks.kept), masks, batch)
         everything = self.flops(masks.tokens[:, None].expand_as(masks.kept), masks, batch)
         nothing = self.flops(torch.zeros_like(masks.kept), masks, batch)
-        distance = (spent - wanted).mean() / (wanted - nothing).mean()
+        distance = ((spent - nothing).mean() / (wanted - nothing).mean()).log()
         share = (masks.kept * masks.counted).sum() / (masks.tokens[:, None] * masks.counted).sum()
         extra = {"answer": answer, "kept": share, "flops": spent.mean() / everything.mean()}
         return answer + self.settings.flops * distance.square(), {k: v.detach() for k, v in extra.items()}
 
     def draw(self, logits: Tensor) -> Tensor:
-        """One-hot rates [B, K]: drawn in training, with the gradient of the soft ones; else the likeliest."""
-        if self.training:
-            return F.gumbel_softmax(logits, self.settings.tau, hard=True)
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        """One-hot rates [B, K]: drawn in training, with the gradient of the soft ones; else the likeliest.
+
+        Gumbel noise falls to 0 over the training, so that at its end the likeliest rates, which inference takes, meet
+        the budget.
+        """
+        if not self.training:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        noise = -torch.empty_like(logits).exponential_().log()
+        logits = logits + (1 - self.progress) * noise
+        soft = (logits / self.settings.tau).softmax(-1)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]) - soft.detach() + soft
 
     def flops(self, kept: Tensor, masks: "Masks", batch: Batch) -> Tensor:
         """FLOPs [B] of the decoder for prompt and answer, given the visual tokens [B, T] kept in each step.
@@ -266,6 +274,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **_):
     else:
         mask = masks.mask
     logits = query.float() @ key.float().transpose(2, 3) * scale
-    weight = (logits - logits.amax(-1, keepdim=True)).exp() * mask[:, None]
+    largest = logits.detach().masked_fill(mask[:, None] == 0, -torch.inf).amax(-1, keepdim=True)
+    weight = (logits - largest).clamp(max=MAX_EXPONENT).exp() * mask[:, None]  # what is masked may exceed what is not
     weight = weight / weight.sum(-1, keepdim=True)
     return (weight.to(value.dtype) @ value).transpose(1, 2).contiguous(), None

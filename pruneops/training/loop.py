@@ -24,6 +24,7 @@ CHECKPOINT, WEIGHTS, TABLE, PICTURE, SUMMARY = (
     "training.json",
 )
 SMOOTHING = 0.95
+FREE = "half", "workers", "save_steps", "log_steps"  # settings that a run may go on with others of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,8 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        changed = [name for name, value in state["settings"].items() if self.settings.get(name) != value]
+        fixed = {name: value for name, value in state["settings"].items() if name not in FREE}
+        changed = [name for name, value in fixed.items() if self.settings.get(name) != value]
         if changed:
             raise ValueError(
                 f"the checkpoint was made with another {', '.join(changed)}; go on with the same settings, or give "

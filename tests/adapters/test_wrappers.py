@@ -14,7 +14,7 @@ from pruneops import methods
 from pruneops.adapters.prepare import prepare
 from pruneops.adapters.transformers import UnsupportedError, patch
 from pruneops.adapters.transformers.models import find_model
-from tests.adapters.situations import LAYER, PROJECTOR, QUERY, ask, every_kind, kept, llava, same, traces, turn
+from tests.adapters.situations import DYRATE, LAYER, PROJECTOR, QUERY, ask, every_kind, kept, llava, same, traces, turn
 from tests.adapters.test_prepare import since_5_18
 from tests.adapters.test_transformers import TEXTS, generate
 from tests.adapters.tiny import CLIP, IMAGE, TEXT, model_of, prompts
@@ -251,7 +251,7 @@ def test_override_set_before(place, method):
         try:
             assert same(ask(model, inputs), want) and calls
         except UnsupportedError:
-            assert place is PLACES["attention"] and method is QUERY and not calls
+            assert place is PLACES["attention"] and method in (QUERY, DYRATE) and not calls
         with handle.override(keep=0.25):
             pass
     assert traces(model) == before and vars(module)[name] is override
@@ -271,7 +271,7 @@ def test_override_set_while_patched(place, method):
     want = ask(model, inputs)
     override = user_override(module, name, calls := [])
     setattr(module, name, override)
-    if not (place is PLACES["attention"] and method is QUERY):
+    if not (place is PLACES["attention"] and method in (QUERY, DYRATE)):
         assert same(ask(model, inputs), want) and calls
     handle.remove()
     calls.clear()

@@ -43,21 +43,17 @@ def logits_of(*shape, seed=0):
 
 
 def ranked_list(logits):
-    """The specification, over lists: rank p takes its most probable token that is left; then by the log-odds of having
-    a rank. Tokens whose logits are not finite come last."""
+    """The specification, over lists: rank p takes its most probable token that is left, in rounds. Tokens whose logits
+    are not finite come last."""
     logits = logits.double()
     finite = [token for token, values in enumerate(logits) if values.isfinite().all()]
     broken = [token for token in range(len(logits)) if token not in finite]
-    probability = logits.softmax(-1)
-    ranks = logits.shape[-1] - 1
-    chosen = []
-    for rank in range(ranks if ranks > 1 else 0):
-        left = [token for token in finite if token not in chosen] or [t for t in broken if t not in chosen]
-        if left:
-            chosen.append(max(left, key=lambda token: (float(probability[token, rank]), -token)))
-    odds = logits[:, :-1].logsumexp(-1) - logits[:, -1]
-    rest = sorted((t for t in finite if t not in chosen), key=lambda token: (-float(odds[token]), token))
-    return chosen + rest + [token for token in broken if token not in chosen]
+    probability, chosen = logits.softmax(-1), []
+    while len(chosen) < len(logits):
+        rank = len(chosen) % (logits.shape[-1] - 1)
+        left = [token for token in finite if token not in chosen] or [t for t in broken if t not in chosen][:1]
+        chosen.append(max(left, key=lambda token: (float(probability[token, rank]), -token)))
+    return chosen
 
 
 @pytest.mark.parametrize("classes", [2, 3, 6])
@@ -66,7 +62,7 @@ def test_ranked_list(classes, broken):
     """Every budget's list is a prefix of the same permutation, alone and in a batch."""
     logits = logits_of(3, 11, classes).mul_(3)
     for token in broken:
-        logits[1, token, 0] = torch.nan
+        logits[1, token, 0] = torch.inf
         logits[2, token] = torch.nan
     expected = [ranked_list(row) for row in logits]
     assert all(sorted(row) == list(range(11)) for row in expected)

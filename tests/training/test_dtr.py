@@ -88,6 +88,16 @@ def test_task(loaded, examples, ranks, two_classes):
     assert 0 <= extra["recall"] <= 1 and 0 <= extra["first"] <= 1
 
 
+@torch.no_grad()
+def test_the_answer_is_not_read(loaded, examples):
+    """At inference it is not known."""
+    task = RankingTask(*loaded, RankingConfig(ranks=2, **SMALL))
+    losses = [task([(examples[0]._replace(answer=text), torch.tensor([3, 1]))])[0] for text in ("no", "all of it")]
+    torch.testing.assert_close(losses[0], losses[1])
+    other = task([(examples[0]._replace(question="why ?"), torch.tensor([3, 1]))])[0]
+    assert abs(other - losses[0]) > 1e-4
+
+
 def test_base_layers_can_be_frozen(llava):
     for train in (True, False):
         network = RankingTask(*llava, RankingConfig(train_base=train, **SMALL)).network
