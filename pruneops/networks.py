@@ -232,6 +232,15 @@ class RankingModel(Network):
         return self.mlp(self.norm(tokens))
 
 
+def expected_rate(logits: Tensor) -> Tensor:
+    """The mean of the rates 0 .. K - 1 under the softmax of logits [.., K], to the nearest: int64 [..].
+
+    In training rates are drawn; their mean is what the FLOPs are held to.
+    """
+    rates = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+    return (logits.softmax(-1) * rates).sum(-1).round().long()
+
+
 NETWORKS: dict[str, type[Network]] = {kind.kind: kind for kind in (SelectorNetwork, RateClassifier, RankingModel)}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..checks import check
-from ..networks import GROUPS, RateClassifier, load
+from ..networks import GROUPS, RateClassifier, expected_rate, load
 from ..ops import attention_mass, attention_received, group_distribution, kv_compact_
 from .base import IMAGE, INSTRUCTION, RESPONSE, SYSTEM, Method, Step, is_int, is_share, top_indices
 
@@ -40,7 +40,8 @@ class DyRate(Method):
     never comes back, so within a request the count only falls. The last token of the prompt decides for the whole
     prompt. Each decision costs one host synchronisation, in the prompt one for every row.
 
-    Source: arXiv:2501.14204, section III. The rate is the most probable one; the least attended tokens are FastV's.
+    Source: arXiv:2501.14204, section III. The rate is the expected one, so that the average budget is that of the
+    training, which draws rates; the paper does not say. The least attended tokens are FastV's.
     """
 
     name: ClassVar[str] = "dyrate"
@@ -124,7 +125,8 @@ class DyRate(Method):
         wanted = f"for the decoder's {heads} heads"
         check(heads == expected, self._label, f"weights {self.weights}", f"for {expected}", wanted)
         distribution, scores = dyrate_distribution(query, key, group)
-        return network(distribution, network.keeps.index(self.keep)).argmax(-1), scores, network.rates
+        logits = network(distribution, network.keeps.index(self.keep))
+        return expected_rate(logits), scores, network.rates
 
     def _at_layer(self, row):
         positions = torch.arange(row.hidden.shape[0], device=row.visual.device)

@@ -107,6 +107,7 @@ def selector_scores(network: SelectorNetwork, features: Tensor) -> Tensor:
     return keep - drop if features.dim() == 3 else (keep - drop)[0]
 
 
+@without_autocast
 def selector_mask(scores: Tensor) -> Tensor:
     """The hard mask: tokens that are likelier kept than dropped, or the likeliest if there is none.
 

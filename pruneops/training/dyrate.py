@@ -8,6 +8,7 @@ budget, in expected FLOPs. Source: arXiv:2501.14204, section III-C; the paper na
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Generator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.base import IMAGE, INSTRUCTION, RESPONSE, SYSTEM
-from ..networks import GROUPS, RateClassifier
+from ..networks import GROUPS, RateClassifier, expected_rate
 from .data import Batch, Example, decoder_inputs, encode
 from .loop import LoopConfig, Task
 
@@ -109,7 +110,7 @@ class DyRateTask(Task):
         target = batch.labels[:, 1:]
         answer = F.cross_entropy(logits[target >= 0].float(), target[target >= 0])
         keep = self.settings.keeps[budget]
-        spent = self.flops(masks.kept, masks, batch)
+        spent = self.flops(masks.expected, masks, batch)
         wanted = self.flops(keep * masks.tokens[:, None].expand_as(masks.kept), masks, batch)
         everything = self.flops(masks.tokens[:, None].expand_as(masks.kept), masks, batch)
         nothing = self.flops(torch.zeros_like(masks.kept), masks, batch)
@@ -119,17 +120,10 @@ class DyRateTask(Task):
         return answer + self.settings.flops * distance.square(), {k: v.detach() for k, v in extra.items()}
 
     def draw(self, logits: Tensor) -> Tensor:
-        """One-hot rates [B, K]: drawn in training, with the gradient of the soft ones; else the likeliest.
-
-        Gumbel noise falls to 0 over the training, so that at its end the likeliest rates, which inference takes, meet
-        the budget.
-        """
-        if not self.training:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        noise = -torch.empty_like(logits).exponential_().log()
-        logits = logits + (1 - self.progress) * noise
-        soft = (logits / self.settings.tau).softmax(-1)
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]) - soft.detach() + soft
+        """One-hot rates [B, K]: drawn in training, with the gradient of the soft ones; else the expected ones."""
+        if self.training:
+            return F.gumbel_softmax(logits, self.settings.tau, hard=True)
+        return F.one_hot(expected_rate(logits), logits.shape[-1]).to(logits.dtype)
 
     def flops(self, kept: Tensor, masks: "Masks", batch: Batch) -> Tensor:
         """FLOPs [B] of the decoder for prompt and answer, given the visual tokens [B, T] kept in each step.
@@ -157,8 +151,8 @@ class Masks:
 
     Attributes
     ----------
-    kept : Tensor [B, T]
-        Visual tokens that remain after every step, with gradients to the classifier.
+    kept, expected : Tensor [B, T]
+        Visual tokens that remain after every step: of the drawn rates, and of the expected ones, which inference takes.
     counted : Tensor [B, T], bool
         Steps that are no padding.
     tokens, text : Tensor [B]
@@ -166,9 +160,11 @@ class Masks:
     """
 
     kept: Tensor
+    expected: Tensor
 
-    def __init__(self, batch: Batch, classify: Any, rates: int, layer: int) -> None:
-        self.classify, self.rates, self.layer = classify, rates, layer
+    def __init__(self, batch: Batch, network: RateClassifier, budget: int, draw: Any) -> None:
+        self.classify, self.draw = functools.partial(network, keep=budget), draw
+        self.rates, self.layer = network.rates, network.layer
         self.valid, self.visual, length = batch.valid, batch.visual, batch.labels.shape[1]
         answers = batch.labels >= 0
         self.first = answers.byte().argmax(1) - 1  # the row that predicts the first token of the answer
@@ -195,16 +191,17 @@ class Masks:
             distribution = (attention @ sums[:, None]).transpose(1, 2).flatten(2)  # [B, T, 4 H]
             scores = attention.mean(1).masked_fill(~self.visual[:, None], -torch.inf)  # [B, T, S]
         counts = self.tokens[:, None] - self.tokens[:, None] * torch.arange(self.rates, device=key.device) // self.rates
-        mask, masks = self.visual.float(), []
+        mask, masks, means = self.visual.float(), [], []
         for step in range(scores.shape[1]):
             alive = scores[:, step].masked_fill(mask.detach() == 0, -torch.inf)
             rank = alive.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-            rate = self.classify(distribution[:, step])
-            stays = (rank[..., None] < counts[:, None]).float() @ rate[..., None]
+            logits = self.classify(distribution[:, step])
+            stays = (rank[..., None] < counts[:, None]).float() @ self.draw(logits)[..., None]
+            means.append((logits.softmax(-1) * counts).sum(-1))
             mask = mask * stays[..., 0]
             masks.append(mask)
         each = torch.stack(masks, 1)  # [B, T, S]
-        self.kept = each.sum(-1)
+        self.kept, self.expected = each.sum(-1), torch.stack(means, 1).cummin(1).values
         step = (torch.arange(key.shape[2], device=key.device) - self.first[:, None] - 1).clamp(0, each.shape[1] - 1)
         of_row = each.gather(1, step[..., None].expand(-1, -1, each.shape[2]))  # a step's rate holds from the next on
         mask = torch.where(self.visual[:, None], of_row, 1.0)
@@ -225,7 +222,7 @@ def masked_logits(model: Any, batch: Batch, network: RateClassifier, budget: int
     draw : callable
         Logits [B, K] to one-hot rates.
     """
-    masks = Masks(batch, lambda v: draw(network(v, budget)), network.rates, network.layer)
+    masks = Masks(batch, network, budget, draw)
     with _masked_attention(model.get_decoder(), masks):
         hidden = model.get_decoder()(
             inputs_embeds=batch.embeds, position_ids=batch.positions, attention_mask=batch.valid.long(), use_cache=False

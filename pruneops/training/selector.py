@@ -120,6 +120,22 @@ class SelectorTask(Task):
         total = torch.stack(parts).sum(0) / len(examples)
         return torch.stack(losses).sum() / len(examples), dict(zip(("features", "image", "kept"), total))
 
+    @torch.no_grad()
+    def compare(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Errors of features rebuilt from the k largest logits and from k random tokens; k is the own mask's count."""
+        self.eval()
+        features = [tokens - self.mean for tokens in image_features(self.model, self.processor, examples)[0]]
+        sums = {"kept": 0.0, "chosen": 0.0, "random": 0.0}
+        for x in features:
+            x = x[None] / self.scale
+            scores = self.network(self.scale * x + self.mean).diff(dim=-1)[..., 0]
+            count = max(1, int((scores > 0).sum()))
+            sums["kept"] += count / x.shape[1]
+            for name, by in (("chosen", scores), ("random", torch.rand_like(scores))):
+                kept = torch.zeros_like(x[..., :1]).index_fill(1, by[0].topk(count).indices, 1)
+                sums[name] += float(_distance(self.rebuild(kept * x + (1 - kept) * self.dropped), x))
+        return {name: value / len(features) for name, value in sums.items()}
+
     def mask(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(mask [B, n] of 1 for kept tokens, kept share); evaluation takes the likelier class."""
         config = self.settings

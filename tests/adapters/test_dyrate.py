@@ -47,7 +47,8 @@ def decisions(method, weights, spans, valid, prompt):
     tokens = len(left)
     for row in range(prompt - 1, len(valid)):
         vector = [head[row, group == g].sum() for head in weights for g in range(4)]
-        rate = int((network.weight[index] @ torch.stack(vector) + network.bias[index]).argmax())
+        chances = (network.weight[index] @ torch.stack(vector) + network.bias[index]).softmax(0)
+        rate = round(sum(k * float(chance) for k, chance in enumerate(chances)))
         count = min(len(left), tokens - tokens * rate // RATES)
         left = left[descending(weights[:, row].mean(0)[left], count)].sort().values
         kept.append(torch.zeros_like(valid).index_fill(0, left, True))

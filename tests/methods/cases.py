@@ -2,9 +2,10 @@
 
 import torch
 
-from pruneops.methods import DART, VTW, DivPrune, FasterVLM, FastV, Image, Random, ToDRE, Uniform
+from pruneops.methods import DART, DTR, VTW, DivPrune, FasterVLM, FastV, Image, Random, Selector, ToDRE, Uniform
 from tests.inputs import clustered
 from tests.methods.oracles import prompt
+from tests.methods.weights import ranking_model, selector
 
 LAYERS = 4  # of the decoder
 
@@ -12,10 +13,12 @@ METHODS = {
     "dart": DART(keep=0.4, layer=2),
     "dart, official": DART(keep=0.4, layer=2, compat="official"),
     "divprune": DivPrune(keep=0.3),
+    "dtr": DTR(keep=0.4, weights=ranking_model()),
     "fastervlm": FasterVLM(keep=0.3),
     "fastv": FastV(keep=0.4, layer=2),
     "fastv, last row": FastV(keep=0.4, layer=2, rows="last"),
     "random": Random(keep=0.3),
+    "selector": Selector(keep=0.3, weights=selector()),
     "todre": ToDRE(keep=0.3, depths=()),
     "todre, pivots by norm": ToDRE(keep=5, pivot="norm", depths=()),
     "uniform": Uniform(keep=0.3),
@@ -51,6 +54,12 @@ def norm(hidden):
     return torch.nn.functional.rms_norm(hidden @ weight.to(hidden), hidden.shape[-1:])
 
 
+def rotary(length, width=8):
+    """Cos and sin [S, Dr]."""
+    angle = torch.arange(length)[:, None] / torch.arange(1, width + 1)
+    return angle.cos(), angle.sin()
+
+
 def rows():
     """{description: Row}"""
     prompts = {
@@ -62,4 +71,4 @@ def rows():
         "no text after": prompt([30], after=0),
         "no image": prompt([]),
     }
-    return {name: row._replace(norm=norm) for name, row in prompts.items()}
+    return {name: row._replace(norm=norm, rotary=rotary(len(row.hidden))) for name, row in prompts.items()}

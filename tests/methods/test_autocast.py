@@ -8,9 +8,11 @@ from torch.overrides import TorchFunctionMode
 
 from pruneops import methods
 from pruneops.methods import Image
+from pruneops.networks import RankingModel, SelectorNetwork, load
 from tests.contract import assert_same_bits
 from tests.inputs import clustered
-from tests.methods.cases import LAYERS, METHODS, SIZES, images, rows
+from tests.methods.cases import LAYERS, METHODS, SIZES, images, rotary, rows
+from tests.methods.weights import ranking_model, selector
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -23,11 +25,18 @@ TOKENS, RATE = torch.tensor([576]), torch.tensor([3])
 CACHE, STAYS, LENGTHS = KEY[None].clone(), GROUP[None] > 0, torch.tensor([40])
 TWO = X.unflatten(0, (2, 288)), SCORES.unflatten(0, (2, 288))
 
+SELECTOR, RANKING = load(SelectorNetwork, selector()), load(RankingModel, ranking_model())
+PROMPT = clustered((50, 16), seed=3), torch.arange(5, 45), rotary(50)
+LOGITS = clustered((40, 7), seed=4)
+
 FUNCTIONS = {
     "cls_attention": lambda: methods.cls_attention(QUERY, KEY, cls=3),
     "dart_select": lambda: methods.dart_select(X, SCORES, 100, text=TEXT[0], text_norms=TEXT[1]),
     "divprune_select": lambda: methods.divprune_select(X, 60),
     "divprune_start": lambda: [methods.divprune_start(x) for x in PARTS],
+    "dtr_logits": lambda: methods.dtr_logits(RANKING, *PROMPT),
+    "dtr_ranked": lambda: methods.dtr_ranked(LOGITS, 20),
+    "dtr_select": lambda: methods.dtr_select(LOGITS, 20),
     "dyrate_compact_": lambda: methods.dyrate_compact_([CACHE], STAYS, LENGTHS),
     "dyrate_distribution": lambda: methods.dyrate_distribution(LAST, KEY, GROUP),
     "dyrate_keep": lambda: methods.dyrate_keep(SCORES_OF_ONE, ALIVE, TOKENS, RATE, 8),
@@ -35,6 +44,8 @@ FUNCTIONS = {
     "fastv_scores": lambda: methods.fastv_scores(QUERY, KEY),
     "fastv_select": lambda: methods.fastv_select(SCORES, 60),
     "mean_attention": lambda: methods.mean_attention(QUERY, KEY),
+    "selector_mask": lambda: methods.selector_mask(SCORES),
+    "selector_scores": lambda: methods.selector_scores(SELECTOR, X),
     "todre_pivot": lambda: methods.todre_pivot(X),
     "todre_ratios": lambda: methods.todre_ratios(QUERY, KEY, GROUP),
     "todre_select": lambda: methods.todre_select(X, 60, pivot=PIVOT),
@@ -87,7 +98,8 @@ def test_images(method):
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.layers(LAYERS)])
 def test_prompts(method):
     method, prompts = METHODS[method], rows().values()
-    assert_unchanged(lambda: [kept for row in prompts if (kept := method.at_layer(2, row, LAYERS)) is not None])
+    layer = method.layers(LAYERS)[0]
+    assert_unchanged(lambda: [kept for row in prompts if (kept := method.at_layer(layer, row, LAYERS)) is not None])
 
 
 def test_compile_without_graph_break():

@@ -135,7 +135,8 @@ def rate_of(query, key, group, keep=0.25):
     network = networks.load(networks.RateClassifier, WEIGHTS, dtype=torch.float64)
     index = KEEPS.index(keep)
     vector, scores = expected(query, key, group)
-    return int((network.weight[index] @ vector + network.bias[index]).argmax()), scores
+    chances = (network.weight[index] @ vector + network.bias[index]).softmax(0)
+    return round(sum(k * float(chance) for k, chance in enumerate(chances))), scores
 
 
 @pytest.mark.usefixtures("backend")
@@ -246,7 +247,7 @@ def static_state(seed=0):
 def static_step(network, query, key, group, caches, places, lengths, tokens):
     """One whole decision; `places` are the slots of layer L - 1 that the tokens of later layers have there."""
     distribution, scores = dyrate_distribution(query, key, group)
-    rate = network(distribution, 0).argmax(-1)
+    rate = networks.expected_rate(network(distribution, 0))
     own = places[:, 0, :, 0]
     used = torch.arange(SLOTS, device=own.device) < lengths[:, None]
     alive = used & (group.gather(1, own) == 1)

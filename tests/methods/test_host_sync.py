@@ -41,7 +41,7 @@ def test_batches_and_videos(method):
 def test_prompts(method, row):
     """Of every shape: without text, without images, with images of which nothing is left."""
     with no_host_sync(HERE):
-        kept = method.at_layer(2, row, LAYERS)
+        kept = method.at_layer(method.layers(LAYERS)[0], row, LAYERS)
     left = [end - start for start, end in row.images]
     expected = [min(method.budget(size), count) for size, count in zip(row.sizes, left)]
     if expected == left:
@@ -130,14 +130,20 @@ def test_cuda(method):
         for request in requests:
             method.select_each(request)
         for row in prompts:
-            method.at_layer(2, row, LAYERS)
+            for layer in method.layers(LAYERS):
+                method.at_layer(layer, row, LAYERS)
 
     requests = [
         [x._replace(features=x.features.cuda(), cls_attention=x.cls_attention.cuda()) for x in images(sizes)]
         for sizes in SIZES.values()
     ]
     tensors = ("hidden", "query", "key", "visual")
-    prompts = [row._replace(**{name: getattr(row, name).cuda() for name in tensors}) for row in rows().values()]
+    prompts = [
+        row._replace(
+            **{name: getattr(row, name).cuda() for name in tensors}, rotary=tuple(part.cuda() for part in row.rotary)
+        )
+        for row in rows().values()
+    ]
     if "norm" in method.needs:
         prompts = [row._replace(norm=lambda hidden: hidden * 2) for row in prompts]
     run()  # loads kernels, allocates pinned memory

@@ -1,6 +1,7 @@
 """All methods: settings and their JSON, budgets, errors, independence of values."""
 
 import dataclasses
+import functools
 import json
 from fractions import Fraction
 
@@ -11,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from pruneops import methods
 from pruneops.methods import (
     DART,
+    DTR,
     VTW,
     DivPrune,
     DyRate,
@@ -20,15 +22,18 @@ from pruneops.methods import (
     Method,
     Random,
     Row,
+    Selector,
     ToDRE,
     Uniform,
     from_json,
 )
+from tests.methods.cases import rotary
 from tests.methods.oracles import prompt
-from tests.methods.weights import rate_classifier
+from tests.methods.weights import ranking_model, rate_classifier, selector
 
-CLASSES = (DART, VTW, DivPrune, DyRate, FasterVLM, FastV, Random, ToDRE, Uniform)
+CLASSES = (DART, DTR, VTW, DivPrune, DyRate, FasterVLM, FastV, Random, Selector, ToDRE, Uniform)
 BUDGETED = tuple(cls for cls in CLASSES if cls not in (VTW, DyRate))
+REQUIRED = {DTR: {"weights": ranking_model()}, Selector: {"weights": selector(4)}}
 SETTINGS = [
     ToDRE(keep=0.1),
     ToDRE(keep=1, pivot="norm", depths=[0.25], tau=1),
@@ -40,6 +45,8 @@ SETTINGS = [
     VTW(layer=20),
     DivPrune(keep=0.098),
     DyRate(weights=rate_classifier(), keep=0.25),
+    DTR(weights=ranking_model(), keep=8),
+    Selector(weights=selector(4), keep=0.5),
     FasterVLM(keep=64),
     Random(keep=1 / 3, seed=2**70),
     Uniform(keep=1e-5),
@@ -65,7 +72,8 @@ def test_round_trip(method):
 
 
 def test_names():
-    expected = {"todre", "dart", "fastv", "vtw", "divprune", "dyrate", "fastervlm", "random", "uniform"}
+    expected = {"todre", "dart", "fastv", "vtw", "divprune", "fastervlm", "random", "uniform"}
+    expected |= {"dtr", "dyrate", "selector"}
     assert {cls.name for cls in CLASSES} == expected
     assert all(name in methods.__all__ for name in [cls.__name__ for cls in CLASSES])
     assert all(hasattr(methods, name) for name in methods.__all__)
@@ -123,7 +131,7 @@ def test_json_of_another_class():
 
 NUMBERS = [None, True, "0.5", [1], float("nan"), float("inf"), -1]
 BAD = [
-    *((cls, "keep", value) for cls in BUDGETED for value in [*NUMBERS, 0, 0.0, 1.5, 2.0, -0.1]),
+    *((cls, "keep", value) for cls in BUDGETED for value in [*NUMBERS[cls is Selector :], 0, 0.0, 1.5, 2.0, -0.1]),
     *((cls, "layer", value) for cls in (DART, FastV) for value in [*NUMBERS, 0, 2.0, 0.5]),
     *((VTW, "layer", value) for value in [*NUMBERS, 0.0, 1.0, 2.5]),
     *((DART, name, value) for name in ("image_pivots", "text_pivots") for value in [*NUMBERS, 4.0]),
@@ -139,7 +147,8 @@ BAD = [
 @pytest.mark.parametrize("cls, setting, value", BAD, ids=lambda value: getattr(value, "__name__", repr(value)))
 def test_bad_values(cls, setting, value):
     """From Python and from JSON."""
-    settings = ({} if cls is VTW else {"keep": 0.5}) | {setting: value}
+    settings = ({} if cls is VTW else {"keep": 0.5}) | REQUIRED.get(cls, {}) | {setting: value}
+    settings = {name: str(value) if name == "weights" else value for name, value in settings.items()}
     with pytest.raises(ValueError) as error:
         cls(**settings)
     assert str(error.value).startswith(f"pruneops.methods.{cls.__name__}: {setting} must be ")
@@ -173,8 +182,9 @@ def test_shares_are_exact():
 
 def test_counts_are_capped():
     for cls in BUDGETED:
-        assert [cls(keep=3).budget(n) for n in (0, 1, 3)] == [0, 1, 3]
-        assert [cls(keep=1.0).budget(n) for n in (0, 1, 576)] == [0, 1, 576]
+        build = functools.partial(cls, **REQUIRED.get(cls, {}))
+        assert [build(keep=3).budget(n) for n in (0, 1, 3)] == [0, 1, 3]
+        assert [build(keep=1.0).budget(n) for n in (0, 1, 576)] == [0, 1, 576]
     assert [Uniform(keep=3).budget(n) for n in (4, 10**9)] == [3, 3]
     for tokens in (-1, 1.0, True, None):
         with pytest.raises(ValueError, match="Uniform: tokens must be an int of at least 0"):
@@ -217,14 +227,14 @@ def test_lists_of_images(method):
 @pytest.mark.parametrize("method", SETTINGS, ids=case)
 def test_prompts(method):
     """Ascending ranks or None at its layers, None at all others."""
-    row = prompt([30, 7])._replace(norm=torch.nn.Identity())
+    row = prompt([30, 7])._replace(norm=torch.nn.Identity(), rotary=rotary(46))
     for layer in range(32):
         kept = method.at_layer(layer, row, 32)
         assert kept is None or (layer in method.layers(32) and len(kept) < 37)
         assert kept is None or (kept.dtype == torch.int64 and (kept[1:] > kept[:-1]).all())
     assert method.layers(32) == tuple(sorted(set(method.layers(32))))
     for layer in method.layers(32):
-        assert method.at_layer(layer, prompt([])._replace(norm=row.norm), 32) is None
+        assert method.at_layer(layer, prompt([])._replace(norm=row.norm, rotary=rotary(8)), 32) is None
     for count in (0, -1, 2.0, None):
         with pytest.raises(ValueError, match="count must be an int of at least 1"):
             method.layers(count)

@@ -67,7 +67,8 @@ def pruned(model, network, budget, batch, b):
         for place in range(row + 1):
             text = 0 if place < visual[0] else 2 if place <= first else 3
             sums[:, 1 if place in visual else text] += weights[:, place]
-        rate = int(network(sums.flatten(), budget).argmax())
+        chances = network(sums.flatten(), budget).softmax(-1)
+        rate = round(sum(k * float(chance) for k, chance in enumerate(chances)))
         count = len(visual) - len(visual) * rate // RATES
         score = weights.mean(0).tolist()
         alive = sorted(sorted(alive, key=lambda place: (-score[place], place))[:count])
