@@ -321,7 +321,7 @@ def test_a_small_run_writes_everything(tmp_path, capsys):
     "arguments, message",
     [
         (["run", "--methods", "magic"], "'magic'; there is: todre"),
-        (["run", "--keep", "half"], "shares, such as"),
+        (["run", "--keep", "half"], "shares and counts, such as"),
         (["run", "--keep", "1.5"], "(0, 1]"),
         (["run", "--keep", "0"], "counts begin at 1"),
         (["train", "--method", "magic"], "'magic'"),

@@ -36,7 +36,7 @@ RECIPES = {
     ),
     "dyrate": Recipe(
         DyRateConfig(
-            steps=300, batch=8, lr=0.03, flops=3.0, keeps=(0.5, 0.25, 0.1, 0.05, 0.03125), held_out=40, eval_steps=75,
+            steps=300, batch=8, lr=0.03, flops=30.0, keeps=(0.5, 0.25, 0.1, 0.05, 0.03125), held_out=40, eval_steps=75,
             save_steps=75, half=True,
         ),
         4000,

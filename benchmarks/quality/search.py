@@ -31,7 +31,7 @@ def parse(argv):
     parser.add_argument("--rows", default="32,64,128,256", help="comma-separated candidates of a pass")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for search.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for quality-search.json")
     options = parser.parse_args(argv)
     try:
         options.rows = [int(rows) for rows in options.rows.split(",")]
@@ -128,10 +128,10 @@ def main(argv=None):
         "weights": checksum(embedded.WEIGHTS), "ranks": options.ranks, "questions": options.questions,
         "others_share": load.share(), "rows": results,
     }  # fmt: skip
-    report.write(options.out / "search.json", document)
+    report.write(options.out / "quality-search.json", document)
     print(text(results))
     print(f"{options.ranks} ranks of 256 visual tokens, {options.threads} threads, {document['others_share']} of the "
-          f"processors taken by others; written: {options.out}/search.json")  # fmt: skip
+          f"processors taken by others; written: {options.out}/quality-search.json")  # fmt: skip
     return 0
 
 

@@ -264,7 +264,7 @@ def test_numbers_outside_the_dataset_are_refused(start):
 
 def test_the_benchmark_measures_every_form(tmp_path, capsys):
     assert benchmark.main(f"--ranks 1 --questions 1 --rows 256 --out {tmp_path}".split()) == 0
-    rows = json.loads((tmp_path / "search.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "quality-search.json").read_text())["rows"]
     assert [row["form"] for row in rows] == ["naive", "batched", "ours"]
     assert rows[0]["tokens"] == rows[1]["tokens"] > rows[2]["tokens"]
     assert all(len(row["seconds"]) == 1 for row in rows) and "vs naive" in capsys.readouterr().out
