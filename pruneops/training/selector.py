@@ -50,6 +50,8 @@ class SelectorConfig(LoopConfig):
     The paper: width of the encoder, p 0.6, q 0.1, alpha 0.1, lr 1e-5 (LLaVA) or 5e-6 (InternVL), batch 32, 100 epochs.
     """
 
+    batch: int = 32
+    lr: float = 1e-5
     width: int = 0
     heads: int = 4
     layers: int = 4

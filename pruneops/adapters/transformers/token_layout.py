@@ -36,13 +36,6 @@ class Tokens(NamedTuple):
         """For every row, (first, last + 1) of each image among its visual tokens."""
         return [spans_from_counts(row) for row in self.sizes]
 
-    def flags(self) -> Tensor:
-        """bool [B, S]: the visual tokens."""
-        flags = torch.zeros_like(self.text)
-        for row, places in zip(flags, self.places):
-            row.index_fill_(0, places, True)
-        return flags
-
 
 class Layout(NamedTuple):
     """Where the images of prompts are.
