@@ -29,8 +29,8 @@ class Recipe(NamedTuple):
 RECIPES = {
     "selector": Recipe(
         SelectorConfig(
-            steps=1000, batch=4, lr=1e-3, p=0.2, q=0.05, alpha=2.0, upsample=2, held_out=64, eval_steps=250, save_steps=250,
-            half=True,
+            steps=1000, batch=4, lr=1e-3, p=0.2, q=0.05, alpha=2.0, upsample=2, held_out=64, eval_steps=250,
+            save_steps=250, half=True,
         ),
         12000,
     ),

@@ -17,7 +17,10 @@ from ..ops import exclusive_bottomk
 SCHEMA = 1
 METHODS: "dict[str, type[Method]]" = {}  # name -> class
 M = TypeVar("M", bound="Method")
-SYSTEM, IMAGE, INSTRUCTION, RESPONSE = range(4)  # groups of tokens in `Step`
+SYSTEM = 0  # groups of tokens in `Step`
+IMAGE = 1
+INSTRUCTION = 2
+RESPONSE = 3
 
 
 class Image(NamedTuple):

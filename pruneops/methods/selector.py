@@ -13,7 +13,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..checks import check
 from ..networks import SelectorNetwork, load
-from .base import Budgeted, check_features, check_image, is_int, top_indices
+from .base import Budgeted, Image, check_features, check_image, is_int, top_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Selector(Budgeted):
         return top_indices(self._scores(image.features), k)
 
     @without_autocast
-    def select(self, image):
+    def select(self, image: Image) -> Tensor:
         if self.keep is not None:
             return super().select(image)
         check_image(self._label, image)

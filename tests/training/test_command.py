@@ -39,7 +39,7 @@ CONFIG_ERRORS = [
     ("{", "--config .*config.json: .*"),
     ("[1]", "--config .*config.json: no JSON object"),
     ('{"learning_rate": 1}', "--config .*config.json: no setting 'learning_rate'; there are .*lr, "),
-    ('{"lr": "1"}', "--config .*config.json: lr must be like 0.001, got '1'"),
+    ('{"lr": "1"}', "--config .*config.json: lr must be like 1e-05, got '1'"),
     ('{"steps": 1.5}', "--config .*config.json: steps must be like 1000, got 1.5"),
     ('{"steps": true}', "--config .*config.json: steps must be like 1000, got True"),
     ('{"noise": 1}', "--config .*config.json: noise must be like True, got 1"),
