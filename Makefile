@@ -41,8 +41,8 @@ lint: install
 	$(BIN)/pyrefly coverage check --public-only $(addprefix pruneops/,ops methods reference backends.py checks.py autocast.py cli.py)
 
 test: lint
-	$(call say,tests: reference$(comma) C++$(comma) Triton in its interpreter$(comma) CUDA emulated (12 minutes on 2 cores))
-	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto
+	$(call say,tests: reference$(comma) C++$(comma) Triton in its interpreter$(comma) CUDA emulated (13 minutes on 2 cores))
+	PRUNEOPS_REQUIRE=cpu,triton $(BIN)/python -m pytest -q -n auto --dist worksteal
 	$(MAKE) --no-print-directory test-soak test-triton-oldest test-triton-newest test-transformers-oldest test-lmms-eval \
 		$(shell $(PYTHON) -c 'import sys; print("docs" * (sys.version_info >= (3, 11)))')
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from .data import JsonLines
 from .dtr import Ranked, RankingConfig, RankingTask, without_tail
 from .dyrate import DyRateConfig, DyRateTask
-from .loop import SUMMARY, WEIGHTS, LoopConfig, Task, fit, read_config
+from .loop import SUMMARY, WEIGHTS, LoopConfig, Task, fit, read_config, trained_on
 from .search import load_lists, search
 from .selector import SelectorConfig, SelectorTask
 
@@ -71,16 +71,12 @@ def train(
     assert isinstance(config, RankingConfig)
     folder, total = folder or out / LISTS, len(dataset)  # type: ignore[arg-type]
     count = min(config.examples or total, total)
+    if what == "dtr":
+        trained_on(count, config)  # before hours of search
     search(
-        model,
-        processor,
-        dataset,
-        folder,
-        ranks=config.ranks,
-        rows=config.rows,
-        shard=config.shard,
+        model, processor, dataset, folder, ranks=config.ranks, rows=config.rows, shard=config.shard,
         numbers=range(count),
-    )
+    )  # fmt: skip
     state.wait_for_everyone()
     if what == "search":
         return {"examples": count, "folder": str(folder)}

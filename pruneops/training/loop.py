@@ -92,7 +92,7 @@ def read_config(kind: type[C], path: Path | None, **changes: Any) -> C:
             if not isinstance(settings, dict):
                 raise ValueError("no JSON object")
         except (OSError, ValueError) as error:
-            raise ValueError(f"--config {path}: {error}") from None
+            raise ValueError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
     for name, value in settings.items():
         if name not in known:
@@ -209,9 +209,7 @@ def fit(task: Task, dataset: Dataset, out: Path, config: LoopConfig, *, restart:
     from tqdm import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
-    count = len(dataset) - config.held_out  # type: ignore[arg-type]
-    if count < 1:
-        raise ValueError(f"config: held_out = {config.held_out} leaves no example of {len(dataset)} to train on")  # type: ignore[arg-type]
+    count = trained_on(len(dataset), config)  # type: ignore[arg-type]
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     first, world = accelerator.is_main_process, accelerator.num_processes
     progress = Progress(dataclasses.asdict(config) | {"examples": count, "processes": world})
@@ -256,6 +254,13 @@ def fit(task: Task, dataset: Dataset, out: Path, config: LoopConfig, *, restart:
         finish(task, out, config, progress)
     accelerator.wait_for_everyone()
     return summary(task, config, progress)
+
+
+def trained_on(examples: int, config: LoopConfig) -> int:
+    """How many examples are not held out; ValueError if none is left."""
+    if examples <= config.held_out:
+        raise ValueError(f"config: held_out = {config.held_out} leaves no example of {examples} to train on")
+    return examples - config.held_out
 
 
 @torch.no_grad()
