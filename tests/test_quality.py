@@ -284,7 +284,6 @@ def test_searched_lists_answer(model, monkeypatch):
 
 def test_the_cost_of_selection(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "SCENES", 1)
-    monkeypatch.setattr(cost.measure, "__defaults__", ("cpu", 1))
     assert command.main(["cost", "--out", str(tmp_path), "--device", "cpu"]) == 0
     rows = {row["method"]: row for row in json.loads((tmp_path / "quality-cost.json").read_text())["rows"]}
     assert rows["dtr"]["parameters"] > 100_000 and rows["todre"]["parameters"] == 0

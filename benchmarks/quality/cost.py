@@ -18,10 +18,10 @@ KEEP, SCENES = 0.1, 25
 WITHOUT = quality.FOREGROUND, quality.SEARCHED  # know the answers
 
 
-def measure(device="cpu", scenes=SCENES):
+def measure(device="cpu"):
     """Rows of the table: method, parameters, selection_ms, prefill_ms, unpruned_ms; seconds are medians."""
     model = embedded.load(device)
-    seen, asked = quality.questions_of(0, scenes)
+    seen, asked = quality.questions_of(0, SCENES)
     methods = {name: build(KEEP, (), 0) for name, build in quality.METHODS.items() if name not in WITHOUT}
     times = {name: [] for name in (quality.UNPRUNED, *methods)}
     for turn, (number, question) in enumerate(asked):

@@ -18,6 +18,7 @@ from .transformers.models import (
     accepts_encoded_images,
     attention_implementation,
     find_model,
+    rotary_at,
 )
 from .transformers.token_layout import features_of, keep_tokens, layout_of
 from .transformers.vision import check_cls_attention, encode, select
@@ -145,10 +146,7 @@ def _select_at_input(model, method, features, layout, ids, positions):
     """What `select` returns, of a method that prunes at the decoder's input."""
     decoder, tokens, chosen = model.get_decoder(), layout.tokens, []
     embeds = model.get_input_embeddings()(ids)
-    positions = positions[1:] if positions.dim() == 3 and len(positions) == 4 else positions  # the first is the text's
-    cos, sin = decoder.rotary_emb(embeds, positions.expand(*positions.shape[:-2], *ids.shape))
-    if cos.dim() != 3:
-        raise UnsupportedError(f"pruneops.prepare: {method} needs a newer transformers here; use pruneops.patch")
+    cos, sin = rotary_at("pruneops.prepare", decoder, embeds, positions)
     for b, (images, places) in enumerate(zip(layout.images, tokens.places)):
         merged = [features_of(features[name], first, size).to(embeds) for name, first, size in images]
         hidden = embeds[b].index_copy(0, places, torch.cat(merged)) if merged else embeds[b]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
@@ -316,6 +317,12 @@ class Method:
 
     def _at_layer(self, row: Row) -> Tensor | None:
         raise NotImplementedError
+
+    def _check_path(self, setting):
+        """Check a setting that is a path, and make it a string."""
+        value = getattr(self, setting)
+        self._check_setting(setting, isinstance(value, (str, os.PathLike)) and os.fspath(value), "a path")
+        object.__setattr__(self, setting, os.fspath(value))
 
     def _check_setting(self, setting: str, fits: object, expected: str) -> None:
         check(fits, self._label, setting, repr(getattr(self, setting)), expected)

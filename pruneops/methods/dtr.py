@@ -40,9 +40,7 @@ class DTR(Budgeted):
     weights: str | os.PathLike[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, os.PathLike):
-            object.__setattr__(self, "weights", os.fspath(self.weights))
-        self._check_setting("weights", isinstance(self.weights, str) and self.weights, "a path")
+        self._check_path("weights")
         super().__post_init__()
 
     @property

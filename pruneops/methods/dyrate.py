@@ -29,7 +29,7 @@ class DyRate(Method):
 
     Parameters
     ----------
-    weights : str or path
+    weights : path
         A file of `pruneops.networks.RateClassifier`, which also says before which decoder layer L tokens are dropped.
     keep : float
         Average share of the visual tokens, in (0, 1): one of those that the classifier was trained for.
@@ -46,13 +46,11 @@ class DyRate(Method):
 
     name: ClassVar[str] = "dyrate"
 
-    weights: str
+    weights: str | os.PathLike[str]
     keep: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, os.PathLike):
-            object.__setattr__(self, "weights", os.fspath(self.weights))
-        self._check_setting("weights", isinstance(self.weights, str) and self.weights, "a path")
+        self._check_path("weights")
         self._check_setting("keep", is_share(self.keep), "a share (float) in (0, 1)")
 
     @property

@@ -41,9 +41,7 @@ class Selector(Budgeted):
     keep: float | int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, os.PathLike):
-            object.__setattr__(self, "weights", os.fspath(self.weights))
-        self._check_setting("weights", isinstance(self.weights, str) and self.weights, "a path")
+        self._check_path("weights")
         if self.keep is not None:
             super().__post_init__()
 

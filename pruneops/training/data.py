@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..adapters.transformers.models import UnsupportedError, visual_tokens
+from ..adapters.transformers.models import UnsupportedError, rotary_at, visual_tokens
 
 IGNORED = -100  # label of a token that is not part of an answer
 
@@ -170,9 +170,7 @@ def decoder_inputs(model: Any, inputs: dict[str, Tensor]) -> Batch:
         positions = positions[1:]
     if positions.dim() == 2:
         positions = positions.expand(embeds.shape[:2])
-    rotary = decoder.rotary_emb(embeds, positions)
-    if rotary[0].dim() != 3:
-        raise UnsupportedError("pruneops.training: mRoPE needs a newer transformers (5.18)")
+    rotary = rotary_at("pruneops.training", decoder, embeds, positions)
     visual = torch.stack(list(visual_tokens(model, inputs["input_ids"]).values())).any(0)
     return Batch(embeds, positions, rotary, inputs["attention_mask"].bool(), visual, labels)
 

@@ -92,6 +92,18 @@ def visual_tokens(model: Any, ids: Tensor | None, embeds: Any = None) -> dict[st
     return visual
 
 
+def rotary_at(caller: str, decoder: Any, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cos and sin [B, S, Dr] of a decoder's rotary embeddings.
+
+    embeds: [B, S, D]; positions: [B or 1, S], or [P, B or 1, S] with mRoPE; `caller` begins the error message.
+    """
+    positions = positions[1:] if positions.dim() == 3 and len(positions) == 4 else positions  # the first is the text's
+    cos, sin = decoder.rotary_emb(embeds, positions.expand(*positions.shape[:-2], *embeds.shape[:2]))
+    if cos.dim() != 3:
+        raise UnsupportedError(f"{caller}: this transformers keeps the axes of mRoPE apart; take 5.18 or later")
+    return cos, sin
+
+
 def accepts_encoded_images(model):
     """Whether images can be passed as the encoder's outputs: transformers 5.18."""
     return "mm_encoder_outputs" in inspect.signature(type(model.base_model).forward).parameters
