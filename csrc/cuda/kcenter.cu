@@ -16,7 +16,8 @@
 #include <vector>
 
 #include "cuda/host.cuh"
-#include "cuda/kcenter.cuh"
+#include "cuda/kcenter_gram.cuh"
+#include "cuda/kcenter_rounds.cuh"
 
 namespace pruneops {
 namespace {

@@ -2,7 +2,8 @@
 
 #include "runtime.h"
 
-#include "cuda/kcenter.cuh"
+#include "cuda/kcenter_gram.cuh"
+#include "cuda/kcenter_rounds.cuh"
 
 using namespace pruneops;
 using emulation::GuardedBuffer;
