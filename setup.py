@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 TESTED_ARCHS = ["80", "90"]  # without clusters and with them
+TARGETS = {"90": "90a"}  # every GPU of compute capability 9.0 runs sm_90a, which has wgmma
 VERSION = "0.1.0"
 
 
@@ -124,7 +125,8 @@ def rules_cuda(target, folder):
     compiler, (includes, libraries) = nvcc(), torch_paths()
     stub = torch_cuda_stub(cxx(), folder)  # nvcc needs a C++ compiler too
     archs = cuda_archs()
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets = [TARGETS.get(arch, arch) for arch in archs]
+    gencode = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
     flags = [*common_flags(includes), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     flags += [f"--threads={min(len(archs), os.cpu_count() or 1)}", *gencode]
     link = ["-shared", "-Xlinker=-z,defs", f"-L{stub}", *(f"-L{path}" for path in libraries)]

@@ -18,15 +18,18 @@
 #include "cuda/host.cuh"
 #include "cuda/kcenter_gram.cuh"
 #include "cuda/kcenter_rounds.cuh"
+#include "cuda/tuning.h"
 
 namespace pruneops {
 namespace {
 
 constexpr int64_t kGramBytes = int64_t(512) << 20;
-constexpr int64_t kGramTokens[2] = {2048, kGreedyTokens};  // float32; float16 and bfloat16
+inline Tuned gram_tokens{"kcenter_gram_tokens", kGreedyTokens};                // float16 and bfloat16
+inline Tuned gram_tokens_float32{"kcenter_gram_tokens_float32", 2048};
 
 bool gram_fits(int64_t batch, int64_t tokens, size_t element) {
-  return tokens <= kGramTokens[element == 2] && batch * tokens * (tokens + 3) * 4 <= kGramBytes;
+  const int limit = (element == 2 ? gram_tokens : gram_tokens_float32).value;
+  return tokens <= std::min(limit, kGreedyTokens) && batch * tokens * (tokens + 3) * 4 <= kGramBytes;
 }
 
 SeedsAndMask seeds_and_mask(const std::optional<Tensor>& seeds, const std::optional<Tensor>& mask, int64_t k) {
@@ -41,23 +44,106 @@ SeedsAndMask seeds_and_mask(const std::optional<Tensor>& seeds, const std::optio
   return given;
 }
 
+inline Tuned gram_tile{"kcenter_gram_tile", 0};          // 64, 128 or 192; 0: the fewest waves
+inline Tuned greedy_blocks{"kcenter_greedy_blocks", 0};  // of a cluster; 0: by N
+
+// Boxes of `box_rows` tokens and 64 features of x [B, N, D], zero outside. False if x cannot be described so.
+bool tensor_map(TensorMap& map, const Tensor& x, int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                                        &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (!encode) return false;
+  const auto size = [&](int dim) { return static_cast<cuuint64_t>(x.size(dim)); };
+  const int64_t row = x.stride(1) * 2, batch = x.size(0) > 1 ? x.stride(0) * 2 : x.size(1) * row;
+  const cuuint64_t sizes[] = {size(2), size(1), size(0)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(batch)};
+  const cuuint32_t box[] = {kGramFeatures, static_cast<cuuint32_t>(box_rows), 1}, step[] = {1, 1, 1};
+  const auto type = x.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode(&map, type, 3, x.data_ptr(), sizes, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Operations of the busiest multiprocessor, in units of 64 x 64 tiles and with the cost of a wave.
+int64_t gram_cost(int64_t batch, int n, int tile) {
+  const int side = (n + tile - 1) / tile;
+  const int64_t tiles = batch * side * (side + 1) / 2, blocks = multiprocessor_count();
+  return (tiles + blocks - 1) / blocks * (tile * tile / 4096 + 1);
+}
+
+template <class T, int TILE>
+bool run_gram_wgmma(const Tensor& x, const GramOutput& to, cudaStream_t stream) {
+  TensorMap map;
+  if (!tensor_map(map, x, TILE / 2)) return false;
+  const int side = (to.n + TILE - 1) / TILE;
+  launch(kcenter_gram_wgmma<T, TILE>,
+         {2 * x.size(0) * gram_pairs(side), kGramThreads<TILE>, sizeof(GramShared<TILE>), 2}, stream, map,
+         static_cast<int>(x.size(2)), to);
+  return true;
+}
+
+template <class T>
+void run_gram_products(const Tokens<T>& x, const Tensor& tensor, const GramOutput& to, cudaStream_t stream) {
+  const int64_t batch = tensor.size(0);
+  if constexpr (sizeof(T) == 2) {
+    if (x.aligned && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+      const auto cost = [&](int tile) { return gram_tile.value == tile ? 0 : gram_cost(batch, to.n, tile); };
+      const int64_t cost64 = cost(64), cost128 = cost(128), cost192 = cost(192);
+      const bool done = cost192 <= cost128 && cost192 <= cost64 ? run_gram_wgmma<T, 192>(tensor, to, stream)
+                        : cost128 <= cost64                     ? run_gram_wgmma<T, 128>(tensor, to, stream)
+                                                                : run_gram_wgmma<T, 64>(tensor, to, stream);
+      if (done) return;
+    }
+  }
+  const int side = (to.n + kTile - 1) / kTile;
+  launch(x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>,
+         {batch * (side * (side + 1) / 2), kThreads, kPipelineBytes}, stream, x, to);
+}
+
+// Blocks of a cluster that takes the greedy steps.
+int greedy_cluster(int64_t tokens) {
+  if (!has_clusters()) return 1;
+  static const bool sixteen = [] {  // more than eight blocks are not portable
+    const void* kernel = reinterpret_cast<const void*>(kcenter_greedy);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {16, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = 16;
+    config.blockDim = kGreedyThreads;
+    config.dynamicSmemBytes = sizeof(GreedyShared);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    const bool fits =
+        !cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(GreedyShared)) &&
+        !cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) &&
+        !cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) && clusters > 0;
+    cudaGetLastError();  // a refusal is no error
+    return fits;
+  }();
+  const int blocks = greedy_blocks.value ? greedy_blocks.value : tokens > 1024 ? 16 : 8;
+  return std::min(blocks, sixteen ? 16 : 8);
+}
+
 template <class T>
 void run_gram(const Tokens<T>& x, const Tensor& tensor, int64_t k, const SeedsAndMask& given, const Output& out) {
   const int64_t batch = tensor.size(0);
-  const int n = static_cast<int>(tensor.size(1)), pitch = (n + 3) / 4 * 4, side = (n + kTile - 1) / kTile;
+  const int n = static_cast<int>(tensor.size(1)), pitch = (n + 3) / 4 * 4;
   const cudaStream_t stream = current_stream(tensor);
   const Tensor memory = workspace(tensor, batch * n * (pitch + 1));  // rows of gram are 16-byte aligned
   auto* gram = static_cast<float*>(memory.data_ptr());
-  float* norm_factors = gram + batch * n * pitch;
-
-  const int64_t factor_blocks = std::min<int64_t>((batch * n + kWarps - 1) / kWarps, 8 * multiprocessor_count());
-  launch(kcenter_norm_factors<T>, {factor_blocks, kThreads}, stream, x, batch, n, norm_factors, gram, pitch,
-         out.cosine);
-  launch(x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>,
-         {batch * (side * (side + 1) / 2), kThreads, kPipelineBytes}, stream, x, n, norm_factors, gram, pitch,
-         out.cosine);
-  launch(kcenter_greedy, {batch, (n + 127) / 128 * 32, kGreedyBytes}, stream, gram, pitch, norm_factors, n, k, given,
-         out);
+  const GramOutput products{gram, gram + batch * n * pitch, n, pitch, out.cosine};
+  run_gram_products(x, tensor, products, stream);
+  const int blocks = greedy_cluster(n);
+  launch(kcenter_greedy, {batch * blocks, kGreedyThreads, sizeof(GreedyShared), blocks}, stream,
+         GreedyParams{gram, products.norm_factors, n, pitch, blocks, k, given, out});
 }
 
 // One cooperative launch over p.rows batch rows or sequences of about `tokens` tokens.

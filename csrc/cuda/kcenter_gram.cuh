@@ -1,113 +1,461 @@
-// Gram path of greedy k-center; kcenter.cu describes it. See docs/kernels/kcenter.md.
+// Gram path of greedy k-center, two launches:
+//   gram    dot products of all pairs by tiles on or below the diagonal, N^2 D operations, mirrored; norm factors from
+//           the diagonal. sm_90a: wgmma on tiles fed by tensor copies, a row's tiles in pairs that share its tokens by
+//           multicast. Elsewhere, and for float32: tile.cuh.
+//   greedy  one cluster per batch row. Lazy rounds over the matrix: every block selects the same m = 128 candidates,
+//           the blocks gather their m x m similarities into block 0, one warp steps there while no other token can
+//           precede the candidates, and every block updates its tokens with the rows of the chosen ones.
+// See docs/kernels/kcenter.md.
 
 #pragma once
 
+#include "cuda/hopper.cuh"
 #include "cuda/kcenter.cuh"
 
 namespace pruneops {
 
-constexpr int kGreedyThreads = 1024;
-constexpr int kGreedyTokens = 4 * kGreedyThreads;
-constexpr int kGreedyBytes = 2 * 32 * sizeof(Key);
+// ---- gram
 
-// norm_factors [B, N]; zeros in gram [B, N, pitch] past column N. A warp per token.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    kcenter_norm_factors(Tokens<T> x, int64_t batch, int n, float* norm_factors, float* gram, int pitch, bool cosine) {
-  const int64_t warps = int64_t(gridDim.x) * kWarps;
-  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; i < batch * n; i += warps) {
-    const Matrix<T> matrix = x.matrix(i / n * x.batch_stride + i % n * x.row_stride);
-    const float factor = norm_factor(squared_norm(matrix, matrix.data), cosine);
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) norm_factors[i] = factor;
-    if (lane < pitch - n) gram[i * pitch + n + lane] = 0;
+// gram [B, N, pitch] of one batch row, norm_factors [B, N].
+struct GramOutput {
+  float* gram;
+  float* norm_factors;
+  int n, pitch;
+  bool cosine;
+
+  __device__ void offset(int64_t b) {
+    gram += b * n * pitch;
+    norm_factors += b * n;
   }
-}
+  // The dot product of tokens r and c; `mirror` unless another thread has that of c and r. Columns up to pitch are
+  // written, so that greedy can read four at a time.
+  __device__ __forceinline__ void write(int r, int c, float dot, bool mirror) const {
+    if (r < n && c < pitch) gram[int64_t(r) * pitch + c] = dot;
+    if (mirror && c < n && r < pitch) gram[int64_t(c) * pitch + r] = dot;
+    if (r == c && r < n) norm_factors[r] = norm_factor(dot, cosine);
+  }
+  // Of tokens r and c, c + 1; c is even.
+  __device__ __forceinline__ void write_pair(int r, int c, float dot, float next, bool mirror) const {
+    if (r < n && c < pitch) *reinterpret_cast<float2*>(gram + int64_t(r) * pitch + c) = {dot, next};
+    if (mirror && r < pitch) {
+      if (c < n) gram[int64_t(c) * pitch + r] = dot;
+      if (c + 1 < n) gram[int64_t(c + 1) * pitch + r] = next;
+    }
+    if (!mirror && r < n && r - c >> 1 == 0) norm_factors[r] = norm_factor(r == c ? dot : next, cosine);
+  }
+};
 
-// gram [B, N, pitch]: similarities of all pairs. A block per 128 x 128 tile on or below the diagonal, which writes
-// the tile and its transpose. ALIGNED is x.aligned.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
+constexpr int kGramBlocksPerSM = 2;  // of kPipelineBytes, in 228 KB
+#else
+constexpr int kGramBlocksPerSM = 1;  // in 164 or 100 KB; 9.0 takes wgmma
+#endif
+
+// A block per 128 x 128 tile on or below the diagonal. ALIGNED is x.aligned.
 template <class T, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads, ALIGNED && sizeof(T) == 2 ? kBlocksPerSM : 1)
-    kcenter_gram(Tokens<T> x, int n, const float* norm_factors, float* gram, int pitch, bool cosine) {
+__global__ void __launch_bounds__(kThreads, ALIGNED && sizeof(T) == 2 ? kGramBlocksPerSM : 1)
+    kcenter_gram(Tokens<T> x, GramOutput to) {
   struct Shared {
     unsigned char pipeline[kPipelineBytes];
   };
-  const int side = (n + kTile - 1) / kTile;
+  const int side = (to.n + kTile - 1) / kTile;
   const int tiles = side * (side + 1) / 2;
   const int64_t b = blockIdx.x / tiles;
   int tile_row = 0, tile_col = blockIdx.x % tiles;
   while (tile_col > tile_row) tile_col -= ++tile_row;
-  const Rows rows{nullptr, tile_row * kTile, min(kTile, n - tile_row * kTile)};
-  const Rows cols{nullptr, tile_col * kTile, min(kTile, n - tile_col * kTile)};
+  const Rows rows{nullptr, tile_row * kTile, min(kTile, to.n - tile_row * kTile)};
+  const Rows cols{nullptr, tile_col * kTile, min(kTile, to.n - tile_col * kTile)};
 
-  Accumulators<T, true> out(rows.count);
+  Accumulators<T, true> dots(rows.count);
   Matrix<T> matrix = x.matrix(b * x.batch_stride);
   matrix.aligned = ALIGNED;  // a compile-time constant: the unused copy path would cost registers
-  multiply_rows(out, matrix, rows, cols, shared<Shared>().pipeline);
+  dependents_launch();
+  multiply_rows(dots, matrix, rows, cols, shared<Shared>().pipeline);
+  to.offset(b);
+#pragma unroll
+  for (int j = 0; j < Accumulators<T, true>::kCols; ++j)
+#pragma unroll
+    for (int i = 0; i < Accumulators<T, true>::kRows; ++i)
+      to.write(rows.first + dots.row(i), cols.first + dots.col(j), dots.at(i, j), tile_row != tile_col);
+}
 
-  norm_factors += b * n;
-  gram += b * n * pitch;
-  float row_factor[Accumulators<T, true>::kRows];  // of this thread's rows
-#pragma unroll
-  for (int i = 0; i < Accumulators<T, true>::kRows; ++i)
-    row_factor[i] = norm_factors[rows.first + min(out.row(i), rows.count - 1)];
-#pragma unroll
-  for (int j = 0; j < Accumulators<T, true>::kCols; ++j) {
-    if (out.col(j) >= cols.count) continue;
-    const int c = cols.first + out.col(j);
-    const float col_factor = norm_factors[c];
-#pragma unroll
-    for (int i = 0; i < Accumulators<T, true>::kRows; ++i) {
-      if (out.row(i) >= rows.count) continue;
-      const int r = rows.first + out.row(i);
-      const float sim = similarity(out.at(i, j), row_factor[i], col_factor, cosine);
-      gram[int64_t(r) * pitch + c] = sim;
-      if (tile_row != tile_col) gram[int64_t(c) * pitch + r] = sim;
+constexpr int kGramFeatures = 64;  // of a stage, 128 bytes
+template <int TILE>
+constexpr int kGramStages = TILE == 64 ? 8 : TILE == 128 ? 6 : 4;
+template <int TILE>
+struct alignas(1024) GramShared {
+  unsigned char rows[kGramStages<TILE>][TILE * 128], cols[kGramStages<TILE>][TILE * 128];
+  uint64_t full[kGramStages<TILE>], empty[kGramStages<TILE>];
+};
+template <int TILE>
+constexpr int kGramThreads = 2 * TILE + 32;  // a warpgroup per 64 rows, and the warp that copies
+
+// Pairs of tiles of all rows of tiles: tiles 2 j and 2 j + 1 of a row are one cluster of two blocks.
+__host__ __device__ inline int gram_pairs(int side) { return side + side / 2 * ((side - 1) / 2); }
+
+// A block per TILE x TILE tile; map: boxes of TILE / 2 tokens.
+template <class T, int TILE>
+__global__ void __launch_bounds__(kGramThreads<TILE>, 1)
+    kcenter_gram_wgmma(const __grid_constant__ TensorMap map, int width, GramOutput to) {
+  using Shared = GramShared<TILE>;
+  constexpr int kStages = kGramStages<TILE>, kConsumers = TILE / 64, kHalf = TILE / 2;
+  Shared& sh = shared<Shared>();
+  const int warp = threadIdx.x / 32, rank = blockIdx.x % 2, side = (to.n + TILE - 1) / TILE;
+  const int pairs = gram_pairs(side), b = blockIdx.x / 2 / pairs;
+  int tile_row = 0, pair = blockIdx.x / 2 % pairs;
+  for (; pair > tile_row / 2; ++tile_row) pair -= tile_row / 2 + 1;
+  const int tile_col = 2 * pair + rank, steps = (width + kGramFeatures - 1) / kGramFeatures;
+  const bool paired = 2 * pair < tile_row, diagonal = tile_col == tile_row;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(&sh.full[i], 1);
+      mbarrier_init(&sh.empty[i], kConsumers * (paired ? 2 : 1));
     }
+    mbarrier_init_fence();
+  }
+  cluster_arrive();
+  cluster_wait();
+  dependents_launch();
+  if (tile_col > tile_row) return;
+
+  if (warp == 4 * kConsumers) {  // copies
+    if (threadIdx.x % 32 == 0) {
+      for (int step = 0; step < steps; ++step) {
+        const int stage = step % kStages, feature = step * kGramFeatures;
+        if (step >= kStages) mbarrier_wait(&sh.empty[stage], (step / kStages - 1) % 2);
+        mbarrier_arrive_expect(&sh.full[stage], (diagonal ? 1 : 2) * TILE * 128);
+        for (int half = 0; half < 2; ++half) {
+          unsigned char* place = sh.rows[stage] + half * kHalf * 128;
+          const int token = tile_row * TILE + half * kHalf;
+          if (!paired)
+            tensor_copy(place, map, feature, token, b, &sh.full[stage]);
+          else if (half == rank)
+            tensor_multicast(place, map, feature, token, b, &sh.full[stage], 3);
+          if (!diagonal)
+            tensor_copy(sh.cols[stage] + half * kHalf * 128, map, feature, tile_col * TILE + half * kHalf, b,
+                        &sh.full[stage]);
+        }
+      }
+    }
+  } else {
+    float dots[TILE / 2];
+    const int group = warp / 4, lane = threadIdx.x % 32;
+    const auto release = [&](int step) {  // the stage is no longer read, by either block of the cluster
+      if (threadIdx.x % 128 != 0) return;
+      mbarrier_arrive(&sh.empty[step % kStages]);
+      if (paired) mbarrier_arrive_peer(&sh.empty[step % kStages], rank ^ 1);
+    };
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages;
+      mbarrier_wait(&sh.full[stage], step / kStages % 2);
+      const unsigned char* cols = diagonal ? sh.rows[stage] : sh.cols[stage];
+      const uint64_t a = wgmma_operand(sh.rows[stage] + group * 64 * 128), c = wgmma_operand(cols);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kGramFeatures / 16; ++k)
+        wgmma<T>(dots, wgmma_next(a, k), wgmma_next(c, k), step + k > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (step > 0) release(step - 1);
+    }
+    wgmma_wait<0>();
+    if (paired) release(steps - 1);
+    to.offset(b);
+    const int row = tile_row * TILE + group * 64 + warp % 4 * 16 + lane / 4;
+    const int col = tile_col * TILE + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < TILE / 2; i += 2)
+      to.write_pair(row + i % 4 / 2 * 8, col + i / 4 * 8, dots[i], dots[i + 1], !diagonal);
+  }
+  if (paired) {  // the other block may still copy into this one and arrive at its barriers
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
-// k greedy steps over the rows of gram. One block per batch row, four tokens per thread with their running maxima in
-// registers, one barrier per step.
-__global__ void __launch_bounds__(kGreedyThreads)
-    kcenter_greedy(const float* gram, int pitch, const float* norm_factors, int n, int64_t k, SeedsAndMask given,
-                   Output out) {
-  struct Shared {
-    Key min_key[2][32];  // of each warp; steps alternate between the two
-  };
-  Shared& sh = shared<Shared>();
-  const int64_t b = blockIdx.x;
-  const int tid = threadIdx.x;
-  gram += b * n * pitch + 4 * tid;
-  norm_factors += b * n;
+// ---- greedy
 
-  float s[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int token = 4 * tid + i;
-    s[i] = NAN;
-    if (token < n && given.allows(b, token)) s[i] = norm_factors[token] == norm_factors[token] ? -INFINITY : INFINITY;
-  }
-  const auto update = [&](int token) {
-    if (4 * tid < n) update_four(s, gram + int64_t(token) * pitch, token - 4 * tid);
-  };
+constexpr int kGreedyThreads = 512;
+constexpr int kGreedyTokens = 8 * kGreedyThreads;
+constexpr int kGreedyCandidates = 128;
+constexpr int kGreedyBins = 256;
 
-  int64_t step = 0;
-  for (; step < given.seeds_count; ++step) {
-    const int token = given.seed(b, step, 0, n);
-    if (tid == 0) out.write(b * k + step, token, token < 0 ? NAN : -INFINITY);
-    if (token >= 0) update(token);
-  }
-  for (; step < k; ++step) {
-    Key best = kLastKey;
+struct GreedyParams {
+  const float* gram;  // [B, N, pitch] dot products
+  const float* norm_factors;  // [B, N]
+  int n, pitch;
+  int blocks;  // of a cluster
+  int64_t k;
+  SeedsAndMask given;
+  Output out;
+};
+
+struct GreedyShared {
+  float nearest[kGreedyTokens];  // similarity to the nearest center; +inf: not finite, NaN: not available
+  float factors[kGreedyTokens];
+  union {
+    unsigned similarities[kGreedyCandidates * kGreedyCandidates];  // ordered_bits; 0: NaN. In block 0
+    float4 partial[kGreedyThreads];  // maximum similarity of four tokens to some of the chosen
+  };
+  int candidates[kGreedyCandidates];  // ascending
+  unsigned bits[kGreedyCandidates];   // of nearest of the candidates, then, in block 0, of the chosen
+  int chosen[kGreedyCandidates];      // in this round; -1: a seed out of range
+  unsigned bins[kGreedyBins], low[kGreedyThreads / 32], high[kGreedyThreads / 32], counts[kGreedyThreads / 32];
+  int steps;
+};
+
+__device__ __forceinline__ unsigned warp_max(unsigned v) { return ~warp_min(~v); }
+
+// Inclusive sum over the lanes up to this one.
+__device__ __forceinline__ unsigned warp_scan(unsigned v) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) best = min(best, make_key(ordered_or_excluded(s[i]), 4 * tid + i));
-    best = block_min_key(best, sh.min_key[step % 2]);
-    const bool any_left = available(best);
-    if (tid == 0)
-      out.write(b * k + step, any_left ? int(index_of(best)) : -1, any_left ? score_of(bits_of(best)) : NAN);
-    if (any_left) update(index_of(best));
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned other = __shfl_up_sync(~0u, v, step);
+    if (lane >= step) v += other;
   }
+  return v;
+}
+
+// A block of the cluster of one batch row. Tokens [first, first + share) are updated here.
+struct GreedyBlock {
+  const GreedyParams& p;
+  GreedyShared& sh;
+  int rank, share, first;
+  int64_t row;
+
+  __device__ GreedyBlock(const GreedyParams& p, GreedyShared& sh) : p(p), sh(sh) {
+    rank = blockIdx.x % p.blocks;
+    row = blockIdx.x / p.blocks;
+    share = ((p.n - 1) / p.blocks / 4 + 1) * 4;
+    first = rank * share;
+  }
+
+  __device__ const float* gram_row(int token) const { return p.gram + (row * p.n + token) * p.pitch; }
+  __device__ void sync_cluster() const {
+    if (p.blocks == 1) return __syncthreads();
+    cluster_arrive();
+    cluster_wait();
+  }
+
+  // Candidates: tokens whose key (bits of nearest, index) is below `bound`, at most kGreedyCandidates of them and at
+  // least the minimum. Returns their number, 0 if no token is available. Ends with a block barrier.
+  //
+  // The bits between minimum and maximum fall into 256 equal bins; the bound is the upper edge of as many bins as fit.
+  // If the first does not, it is divided again; at the last, tokens of equal nearest are taken in order of their index.
+  __device__ int select(Key& bound) {
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    unsigned bits[8];  // of tokens 4 tid + 2048 i + j
+    unsigned low = kExcluded, high = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 s = *reinterpret_cast<const float4*>(sh.nearest + 4 * (tid + i * kGreedyThreads));
+      bits[4 * i] = ordered_or_excluded(s.x);
+      bits[4 * i + 1] = ordered_or_excluded(s.y);
+      bits[4 * i + 2] = ordered_or_excluded(s.z);
+      bits[4 * i + 3] = ordered_or_excluded(s.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      low = min(low, bits[i]);
+      if (bits[i] != kExcluded) high = max(high, bits[i]);
+    }
+    low = warp_min(low);
+    high = warp_max(high);
+    if (lane == 0) sh.low[warp] = low, sh.high[warp] = high;
+    __syncthreads();
+    low = warp_min(sh.low[lane % (kGreedyThreads / 32)]);
+    high = warp_max(sh.high[lane % (kGreedyThreads / 32)]);
+    if (low == kExcluded) return 0;
+    const unsigned top = high;
+
+    unsigned edge = low;  // bits below it are candidates
+    while (edge == low && high > low) {
+      const int shift = max(0, 24 - __clz(high - low));  // (high - low) >> shift < 256
+      if (tid < kGreedyBins) sh.bins[tid] = 0;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (bits[i] >= low && bits[i] <= high) atomicAdd(&sh.bins[bits[i] - low >> shift], 1u);
+      __syncthreads();
+      unsigned counts[8], sum = 0;  // of bins 8 lane + i
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += counts[i] = sh.bins[8 * lane + i];
+      unsigned before = warp_scan(sum) - sum, fitting = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) fitting += (before += counts[i]) <= kGreedyCandidates;
+      fitting = warp_sum(fitting);
+      if (fitting == kGreedyBins)
+        edge = high + 1;
+      else if (fitting > 0)
+        edge = low + (fitting << shift);
+      else
+        high = shift == 0 ? low : low + ((1u << shift) - 1);
+      if (fitting == 0) __syncthreads();  // before the bins are cleared
+    }
+    const bool ties = edge == low;  // more than fit, all of nearest `low`
+    unsigned count = 0;  // of tokens below 2048 in the lower half, of the others in the upper half
+#pragma unroll
+    for (int i = 0; i < 8; ++i) count += (ties ? bits[i] == low : bits[i] < edge) << i / 4 * 16;
+    const unsigned scan = warp_scan(count);
+    if (lane == 31) sh.counts[warp] = scan;
+    __syncthreads();
+    const unsigned of_warp = lane < kGreedyThreads / 32 ? sh.counts[lane] : 0, total = warp_sum(of_warp);
+    const unsigned before = warp_sum(lane < warp ? of_warp : 0) + scan - count;
+    unsigned slot = before & 0xffff;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i == 4) slot = (total & 0xffff) + (before >> 16);
+      if (!(ties ? bits[i] == low : bits[i] < edge)) continue;
+      const int token = 4 * tid + i / 4 * 4 * kGreedyThreads + i % 4;
+      if (slot < kGreedyCandidates) {
+        sh.candidates[slot] = token;
+        sh.bits[slot] = bits[i];
+      } else if (slot == kGreedyCandidates) {
+        sh.steps = token;  // the first token that is left out
+      }
+      ++slot;
+    }
+    __syncthreads();
+    const int all = (total & 0xffff) + (total >> 16);
+    if (all > kGreedyCandidates)
+      bound = make_key(low, sh.steps);
+    else
+      bound = (ties ? low : edge - 1) >= top ? kLastKey : make_key(ties ? low + 1 : edge, 0);
+    return min(all, kGreedyCandidates);
+  }
+
+  // Similarities of the candidates to each other, to block 0; the blocks share the rows.
+  __device__ void gather(int count) const {
+    unsigned* to = cluster_peer(sh.similarities, 0);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < (count - rank + p.blocks - 1) / p.blocks * kGreedyCandidates; i += kGreedyThreads) {
+      const int r = rank + i / kGreedyCandidates * p.blocks, c = i % kGreedyCandidates;
+      if (c >= count) continue;
+      const int from = sh.candidates[r], other = sh.candidates[c];
+      const float sim = similarity(gram_row(from)[other], sh.factors[from], sh.factors[other], p.out.cosine);
+      to[r * kGreedyCandidates + c] = sim == sim ? ordered_bits(sim) : 0;
+    }
+  }
+
+  // Steps among the candidates while their minimum key is below `bound`, by one warp of block 0. All blocks receive
+  // sh.chosen and sh.steps.
+  __device__ void step(int count, Key bound, int64_t max_steps) const {
+    const int lane = threadIdx.x % 32;
+    int* chosen = cluster_peer(sh.chosen, lane < p.blocks ? lane : 0);
+    unsigned s[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] = 4 * lane + i < count ? sh.bits[4 * lane + i] : kExcluded;
+    __syncwarp();  // sh.bits is filled again
+    int steps = 0;
+    for (; steps < max_steps; ++steps) {
+      const unsigned lowest = min(min(s[0], s[1]), min(s[2], s[3]));
+      const int place = 4 * lane + (s[0] == lowest ? 0 : s[1] == lowest ? 1 : s[2] == lowest ? 2 : 3);
+      const unsigned bits = warp_min(lowest);
+      const int slot = warp_min(lowest == bits ? place : ~0u);
+      const uint4 row = *reinterpret_cast<const uint4*>(sh.similarities + slot * kGreedyCandidates + 4 * lane);
+      const int token = sh.candidates[slot];
+      if (bits == kExcluded || make_key(bits, token) >= bound) break;
+      if (lane < p.blocks) chosen[steps] = token;
+      if (lane == 0) sh.bits[steps] = bits;
+      s[0] = max(s[0], row.x);
+      s[1] = max(s[1], row.y);
+      s[2] = max(s[2], row.z);
+      s[3] = max(s[3], row.w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (slot == 4 * lane + i) s[i] = kExcluded;
+    }
+    if (lane < p.blocks) *cluster_peer(&sh.steps, lane) = steps;
+  }
+
+  // Brings nearest of this block's tokens up to date with sh.chosen, and sends it to all blocks.
+  __device__ void update(int steps) const {
+    const int tid = threadIdx.x, quads = share / 4;
+    if (tid < steps && sh.chosen[tid] >= first && sh.chosen[tid] < first + share) sh.nearest[sh.chosen[tid]] = NAN;
+    const int groups = max(1, min(kGreedyThreads / quads, steps)), passes = (quads - 1) / kGreedyThreads + 1;
+    for (int pass = 0; pass < passes; ++pass) {
+      const int base = pass * kGreedyThreads, width = min(quads - base, kGreedyThreads);  // quads of this pass
+      const int quad = base + tid % width, group = tid / width, token = first + 4 * quad;
+      float4 best{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+      if (group < groups && token < p.n) {
+        const float4 factor = *reinterpret_cast<const float4*>(sh.factors + token);
+#pragma unroll 4
+        for (int i = group; i < steps; i += groups) {
+          const int center = sh.chosen[i];
+          if (center < 0) continue;
+          const float4 dots = *reinterpret_cast<const float4*>(gram_row(center) + token);
+          const float center_factor = sh.factors[center];
+          best.x = update_max(best.x, similarity(dots.x, center_factor, factor.x, p.out.cosine));
+          best.y = update_max(best.y, similarity(dots.y, center_factor, factor.y, p.out.cosine));
+          best.z = update_max(best.z, similarity(dots.z, center_factor, factor.z, p.out.cosine));
+          best.w = update_max(best.w, similarity(dots.w, center_factor, factor.w, p.out.cosine));
+        }
+      }
+      sh.partial[tid] = best;
+      __syncthreads();
+      if (tid < width && token < p.n) {
+        float4 s = *reinterpret_cast<const float4*>(sh.nearest + token);
+        for (int g = 0; g < groups; ++g) {
+          const float4 part = sh.partial[g * width + tid];
+          s = {update_max(s.x, part.x), update_max(s.y, part.y), update_max(s.z, part.z), update_max(s.w, part.w)};
+        }
+        *reinterpret_cast<float4*>(sh.nearest + token) = s;
+      }
+      __syncthreads();
+    }
+    for (int i = tid; i < quads * (p.blocks - 1); i += kGreedyThreads) {
+      const int place = first + 4 * (i % quads), peer = (rank + 1 + i / quads) % p.blocks;
+      if (place < p.n)
+        *reinterpret_cast<float4*>(cluster_peer(sh.nearest, peer) + place) =
+            *reinterpret_cast<const float4*>(sh.nearest + place);
+    }
+  }
+
+  __device__ void run() {
+    const int tid = threadIdx.x;
+    dependency_wait();
+    for (int i = tid; i < kGreedyTokens; i += kGreedyThreads) {
+      const float factor = i < p.n ? p.norm_factors[row * p.n + i] : NAN;
+      sh.factors[i] = factor;
+      sh.nearest[i] = i >= p.n || !p.given.allows(row, i) ? NAN : factor == factor ? -INFINITY : INFINITY;
+    }
+    sync_cluster();  // all blocks have started
+    for (int64_t done = 0; done < p.k;) {
+      int steps;
+      if (done < p.given.seeds_count) {
+        steps = static_cast<int>(min(p.given.seeds_count - done, int64_t(kGreedyCandidates)));
+        if (tid < steps) {
+          const int seed = p.given.seed(row, done + tid, 0, p.n);
+          sh.chosen[tid] = seed;
+          if (rank == 0) p.out.write(row * p.k + done + tid, seed, seed < 0 ? NAN : -INFINITY);
+        }
+        __syncthreads();
+      } else {
+        Key bound;
+        const int count = select(bound);
+        if (count == 0) {
+          if (rank == 0)
+            for (int64_t i = done + tid; i < p.k; i += kGreedyThreads) p.out.write(row * p.k + i, -1, NAN);
+          return;
+        }
+        gather(count);
+        sync_cluster();
+        if (rank == 0 && tid < 32) step(count, bound, min(p.k - done, int64_t(kGreedyCandidates)));
+        sync_cluster();
+        steps = sh.steps;
+        if (rank == 0 && tid < steps)
+          p.out.write(row * p.k + done + tid, sh.chosen[tid], score_of(sh.bits[tid]));
+      }
+      done += steps;
+      if (done < p.k) update(steps);
+      sync_cluster();
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kGreedyThreads, 1) kcenter_greedy(const __grid_constant__ GreedyParams p) {
+  GreedyBlock(p, shared<GreedyShared>()).run();
 }
 
 }  // namespace pruneops

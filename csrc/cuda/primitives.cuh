@@ -15,7 +15,7 @@ namespace pruneops {
 // The dynamic shared memory of the block as one structure.
 template <class S>
 __device__ __forceinline__ S& shared() {
-  extern __shared__ __align__(128) unsigned char pruneops_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char pruneops_shared_memory[];
   return *reinterpret_cast<S*>(pruneops_shared_memory);
 }
 

@@ -1,6 +1,6 @@
 // Runs the kernels of csrc/cuda/kcenter.cuh on emulated threads.
 
-#include "runtime.h"
+#include "hopper.h"
 
 #include "cuda/kcenter_gram.cuh"
 #include "cuda/kcenter_rounds.cuh"
@@ -21,7 +21,7 @@ struct Call {
   int64_t* indices;
   float* radii;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t cosine, rounds, groups, blocks, candidates, backwards;
+  int32_t cosine, rounds, groups, blocks, candidates, backwards, tile;
 };
 
 template <class T>
@@ -32,18 +32,31 @@ void run(const Call& c) {
   const SeedsAndMask given{c.seeds, {c.seeds_stride[0], c.seeds_stride[1]}, c.seeds_count,
                            c.mask,  {c.mask_stride[0], c.mask_stride[1]}};
   const Output out{c.indices, c.radii, bool(c.cosine)};
-  const auto launch = [&](int blocks, int threads, size_t shared, auto kernel, auto&&... arguments) {
-    emulation::run(blocks, threads, shared, c.backwards, [&] { kernel(arguments...); });
+  const auto launch = [&](int blocks, int threads, size_t shared, int cluster, auto kernel, auto&&... arguments) {
+    emulation::run(blocks, threads, shared, c.backwards, [&] { kernel(arguments...); }, cluster);
   };
   const size_t total_tokens = (c.cu_seqlens ? 1 : c.batch) * c.tokens;
   GuardedBuffer norm_factors(4 * total_tokens);
   if (!c.rounds) {
-    const int n = c.tokens, pitch = (n + 3) / 4 * 4, side = (n + kTile - 1) / kTile;
+    const int n = c.tokens, pitch = (n + 3) / 4 * 4;
     GuardedBuffer gram(4 * total_tokens * pitch);
-    launch(2, kThreads, 0, kcenter_norm_factors<T>, x, c.batch, n, norm_factors, gram, pitch, out.cosine);
-    launch(c.batch * side * (side + 1) / 2, kThreads, kPipelineBytes,
-           x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, n, norm_factors, gram, pitch, out.cosine);
-    launch(c.batch, (n + 127) / 128 * 32, kGreedyBytes, kcenter_greedy, gram, pitch, norm_factors, n, c.k, given, out);
+    const GramOutput products{gram, norm_factors, n, pitch, out.cosine};
+    const auto wgmma = [&](auto kernel, int tile, int threads, size_t shared) {
+      const TensorMap map{static_cast<const uint16_t*>(c.x), c.row_stride, c.batch_stride, int(c.width), n,
+                          int(c.batch),              tile / 2};
+      launch(2 * c.batch * gram_pairs((n + tile - 1) / tile), threads, shared, 2, kernel, map, int(c.width), products);
+    };
+    const int side = (n + kTile - 1) / kTile;
+    if (c.tile == 0)
+      launch(c.batch * side * (side + 1) / 2, kThreads, kPipelineBytes, 1,
+             x.aligned ? kcenter_gram<T, true> : kcenter_gram<T, false>, x, products);
+    if constexpr (sizeof(T) == 2) {
+      if (c.tile == 64) wgmma(kcenter_gram_wgmma<T, 64>, 64, kGramThreads<64>, sizeof(GramShared<64>));
+      if (c.tile == 128) wgmma(kcenter_gram_wgmma<T, 128>, 128, kGramThreads<128>, sizeof(GramShared<128>));
+      if (c.tile == 192) wgmma(kcenter_gram_wgmma<T, 192>, 192, kGramThreads<192>, sizeof(GramShared<192>));
+    }
+    launch(c.batch * c.blocks, kGreedyThreads, sizeof(GreedyShared), c.blocks, kcenter_greedy,
+           GreedyParams{gram, norm_factors, n, pitch, c.blocks, c.k, given, out});
     return;
   }
   GuardedBuffer nearest(4 * total_tokens), gram(size_t(4) * c.groups * c.candidates * c.candidates);
@@ -57,7 +70,7 @@ void run(const Call& c) {
   p.groups = c.groups;
   p.blocks = c.blocks;
   p.max_candidates = c.candidates;
-  launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared), kcenter_rounds<T>, p);
+  launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared), 1, kcenter_rounds<T>, p);
 }
 
 extern "C" void kcenter(const Call* call) {

@@ -25,6 +25,7 @@
 #define __grid_constant__
 
 struct dim { unsigned x; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint4 { unsigned x, y, z, w; };
 struct __half { uint16_t bits; };
