@@ -54,6 +54,7 @@ struct LaunchConfig {
   int threads;
   size_t shared_bytes = 0;
   int cluster = 1;  // blocks per cluster; kCooperative: a cooperative launch without clusters
+  bool dependent = false;  // may start before the previous launch ends; its kernel calls dependency_wait()
 };
 
 // Launches on the current device. More than 48 KB of dynamic shared memory needs the function attribute first.
@@ -65,21 +66,26 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, cudaStrea
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(config.shared_bytes)), "cudaFuncSetAttribute");
   STD_TORCH_CHECK(config.blocks > 0 && config.blocks <= INT32_MAX, "pruneops: a launch of ", config.blocks, " blocks");
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute attributes[2]{};
+  int count = 0;
   if (config.cluster == kCooperative) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  } else if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(config.cluster), 1, 1};
+  }
+  if (config.dependent && has_clusters()) {  // compute capability 9.0 has both
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t cuda_config{};
   cuda_config.gridDim = static_cast<unsigned>(config.blocks);
   cuda_config.blockDim = config.threads;
   cuda_config.dynamicSmemBytes = config.shared_bytes;
   cuda_config.stream = stream;
-  cuda_config.attrs = &attribute;
-  cuda_config.numAttrs = config.cluster != 1;
+  cuda_config.attrs = attributes;
+  cuda_config.numAttrs = count;
   std::tuple<std::decay_t<Parameters>...> values(arguments...);
   std::apply(
       [&](auto&... value) {

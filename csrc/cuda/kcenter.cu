@@ -11,6 +11,7 @@
 // See docs/kernels/kcenter.md.
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -142,26 +143,43 @@ void run_gram(const Tokens<T>& x, const Tensor& tensor, int64_t k, const SeedsAn
   const GramOutput products{gram, gram + batch * n * pitch, n, pitch, out.cosine};
   run_gram_products(x, tensor, products, stream);
   const int blocks = greedy_cluster(n);
-  launch(kcenter_greedy, {batch * blocks, kGreedyThreads, sizeof(GreedyShared), blocks}, stream,
+  launch(kcenter_greedy, {batch * blocks, kGreedyThreads, sizeof(GreedyShared), blocks, true}, stream,
          GreedyParams{gram, products.norm_factors, n, pitch, blocks, k, given, out});
+}
+
+inline Tuned rounds_candidates{"kcenter_candidates", 240};
+inline Tuned rounds_block_tokens{"kcenter_block_tokens", 16};  // at least, of a block of a group
+inline Tuned rounds_prefetch{"kcenter_prefetch_kb", 192};      // of x by a block, while greedy steps run
+inline Tuned rounds_bulk{"kcenter_bulk", 1};                   // bulk copies instead of cp.async
+
+// Candidates of a round: 4 sqrt(N), as many as shared memory takes.
+int max_candidates(int64_t tokens, int64_t work_bytes) {
+  auto count = static_cast<int>(std::sqrt(static_cast<double>(tokens)) / 4) * 16;
+  count = std::clamp(count, 64, std::min(rounds_candidates.value, kMaxCandidates));
+  while (triangle(count) * 4 > work_bytes) --count;
+  return count;
 }
 
 // One cooperative launch over p.rows batch rows or sequences of about `tokens` tokens.
 template <class T>
 void run_rounds(RoundsParams<T> p, const Tensor& tensor, int64_t total_tokens, int64_t tokens) {
   const cudaStream_t stream = current_stream(tensor);
-  const int blocks = multiprocessor_count();
+  const int blocks = multiprocessor_count(), shared_bytes = max_shared_memory() / 128 * 128;
   p.groups = static_cast<int>(std::min<int64_t>(p.rows, blocks));
-  p.blocks = static_cast<int>(std::clamp<int64_t>((tokens + 31) / 32, 1, blocks / p.groups));
-  p.max_candidates = kMaxCandidates;
-  const int64_t gram = int64_t(p.groups) * p.max_candidates * p.max_candidates, arrivals = p.groups * kBarrierPitch;
-  const Tensor memory = workspace(tensor, gram + arrivals + 2 * total_tokens);
-  p.gram = static_cast<float*>(memory.data_ptr());
-  p.arrivals = reinterpret_cast<unsigned*>(p.gram + gram);
-  p.nearest = p.gram + gram + arrivals;
-  p.norm_factors = p.nearest + total_tokens;
-  check(cudaMemsetAsync(p.arrivals, 0, p.groups * kBarrierPitch * sizeof(unsigned), stream), "cudaMemsetAsync");
-  launch(kcenter_rounds<T>, {int64_t(p.groups) * p.blocks, kThreads, sizeof(RoundsShared), kCooperative}, stream, p);
+  p.blocks = static_cast<int>(std::clamp<int64_t>(tokens / rounds_block_tokens.value, 1, blocks / p.groups));
+  p.work_bytes = shared_bytes - static_cast<int>(sizeof(RoundsShared));
+  p.max_candidates = max_candidates(tokens, p.work_bytes);
+  p.prefetch_bytes = rounds_prefetch.value * 1024;
+  p.bulk = rounds_bulk.value && has_clusters();
+  const int64_t gram = int64_t(p.groups) * p.gram_pitch(p.max_candidates), arrivals = p.groups * kBarrierPitch;
+  const int64_t padded = padded_tokens(total_tokens, p.rows);
+  const Tensor memory = workspace(tensor, gram + arrivals + 2 * padded);
+  p.gram = static_cast<unsigned*>(memory.data_ptr());
+  p.arrivals = p.gram + gram;
+  p.nearest = p.arrivals + arrivals;
+  p.norm_factors = reinterpret_cast<float*>(p.nearest + padded);
+  check(cudaMemsetAsync(p.arrivals, 0, arrivals * sizeof(unsigned), stream), "cudaMemsetAsync");
+  launch(kcenter_rounds<T>, {int64_t(p.groups) * p.blocks, kThreads, size_t(shared_bytes), kCooperative}, stream, p);
 }
 
 std::tuple<Tensor, Tensor> outputs(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef shape) {

@@ -4,7 +4,8 @@
 //           multicast. Elsewhere, and for float32: tile.cuh.
 //   greedy  one cluster per batch row. Lazy rounds over the matrix: every block selects the same m = 128 candidates,
 //           the blocks gather their m x m similarities into block 0, one warp steps there while no other token can
-//           precede the candidates, and every block updates its tokens with the rows of the chosen ones.
+//           precede the candidates, and every block updates its tokens with the rows of the chosen ones. Blocks send
+//           each other what they need by asynchronous stores that complete on mbarriers.
 // See docs/kernels/kcenter.md.
 
 #pragma once
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kGramThreads<TILE>, 1)
     }
     mbarrier_init_fence();
   }
-  cluster_arrive();
+  cluster_arrive_relaxed();
   cluster_wait();
   dependents_launch();
   if (tile_col > tile_row) return;
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(kGramThreads<TILE>, 1)
     for (int i = 0; i < TILE / 2; i += 2)
       to.write_pair(row + i % 4 / 2 * 8, col + i / 4 * 8, dots[i], dots[i + 1], !diagonal);
   }
-  if (paired) {  // the other block may still copy into this one and arrive at its barriers
-    cluster_arrive();
+  if (paired) {  // the other block may still arrive at the barriers of this one
+    cluster_arrive_relaxed();
     cluster_wait();
   }
 }
@@ -197,11 +198,13 @@ struct GreedyShared {
     unsigned similarities[kGreedyCandidates * kGreedyCandidates];  // ordered_bits; 0: NaN. In block 0
     float4 partial[kGreedyThreads];  // maximum similarity of four tokens to some of the chosen
   };
-  int candidates[kGreedyCandidates];  // ascending
+  unsigned candidates[kGreedyCandidates];  // ascending
+  unsigned char order[kGreedyCandidates];  // of the chosen among the candidates. In block 0
   unsigned bits[kGreedyCandidates];   // of nearest of the candidates, then, in block 0, of the chosen
-  int chosen[kGreedyCandidates];      // in this round; -1: a seed out of range
+  unsigned chosen[kGreedyCandidates];  // in this round; -1: a seed out of range
   unsigned bins[kGreedyBins], low[kGreedyThreads / 32], high[kGreedyThreads / 32], counts[kGreedyThreads / 32];
-  int steps;
+  unsigned steps;
+  uint64_t gathered, stepped, updated;  // a phase a round, if the cluster has more than one block
 };
 
 __device__ __forceinline__ unsigned warp_max(unsigned v) { return ~warp_min(~v); }
@@ -232,18 +235,26 @@ struct GreedyBlock {
   }
 
   __device__ const float* gram_row(int token) const { return p.gram + (row * p.n + token) * p.pitch; }
-  __device__ void sync_cluster() const {
+
+  // Waits until all of a phase has arrived here; blocks of one: until all threads have come.
+  __device__ void wait(uint64_t* barrier, unsigned parity) const {
     if (p.blocks == 1) return __syncthreads();
-    cluster_arrive();
-    cluster_wait();
+    mbarrier_wait_cluster(barrier, parity);
+  }
+  template <class V>
+  __device__ void send(V* to, V value, uint64_t* barrier, unsigned block) const {
+    if (p.blocks == 1)
+      *to = value;
+    else
+      store_async(to, value, barrier, block);
   }
 
-  // Candidates: tokens whose key (bits of nearest, index) is below `bound`, at most kGreedyCandidates of them and at
-  // least the minimum. Returns their number, 0 if no token is available. Ends with a block barrier.
+  // Candidates, at most kGreedyCandidates: the tokens of minimum (bits of nearest, index). Returns their number, 0 if no
+  // token is available. A candidate precedes all other tokens while its bits are below `limit`. Ends with a barrier.
   //
-  // The bits between minimum and maximum fall into 256 equal bins; the bound is the upper edge of as many bins as fit.
-  // If the first does not, it is divided again; at the last, tokens of equal nearest are taken in order of their index.
-  __device__ int select(Key& bound) {
+  // The bits between minimum and maximum fall into 256 equal bins; tokens of as many bins as fit are candidates. If the
+  // first does not fit, it is divided again; at the last, tokens of equal nearest are taken in order of their index.
+  __device__ int select(unsigned& limit) {
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     unsigned bits[8];  // of tokens 4 tid + 2048 i + j
     unsigned low = kExcluded, high = 0;
@@ -311,68 +322,92 @@ struct GreedyBlock {
       if (slot < kGreedyCandidates) {
         sh.candidates[slot] = token;
         sh.bits[slot] = bits[i];
-      } else if (slot == kGreedyCandidates) {
-        sh.steps = token;  // the first token that is left out
       }
       ++slot;
     }
     __syncthreads();
     const int all = (total & 0xffff) + (total >> 16);
-    if (all > kGreedyCandidates)
-      bound = make_key(low, sh.steps);
-    else
-      bound = (ties ? low : edge - 1) >= top ? kLastKey : make_key(ties ? low + 1 : edge, 0);
+    limit = ties ? low + 1 : edge;
+    if (limit > top && all <= kGreedyCandidates) limit = kExcluded;  // there are no others
     return min(all, kGreedyCandidates);
   }
 
   // Similarities of the candidates to each other, to block 0; the blocks share the rows.
   __device__ void gather(int count) const {
-    unsigned* to = cluster_peer(sh.similarities, 0);
-#pragma unroll 2
-    for (int i = threadIdx.x; i < (count - rank + p.blocks - 1) / p.blocks * kGreedyCandidates; i += kGreedyThreads) {
-      const int r = rank + i / kGreedyCandidates * p.blocks, c = i % kGreedyCandidates;
-      if (c >= count) continue;
-      const int from = sh.candidates[r], other = sh.candidates[c];
-      const float sim = similarity(gram_row(from)[other], sh.factors[from], sh.factors[other], p.out.cosine);
-      to[r * kGreedyCandidates + c] = sim == sim ? ordered_bits(sim) : 0;
+    if (rank == 0 && threadIdx.x == 0 && p.blocks > 1) mbarrier_arrive_expect(&sh.gathered, 4 * count * count);
+    constexpr int kBatch = 4, kRows = kGreedyThreads / kGreedyCandidates;  // loads in flight; rows at a time
+    const int c = threadIdx.x % kGreedyCandidates;
+    if (c >= count) return;
+    const int other = sh.candidates[c];
+    const float* column = gram_row(0) + other;
+    const float other_factor = sh.factors[other];
+    const int first_row = rank + threadIdx.x / kGreedyCandidates * p.blocks;
+    for (int base = first_row; base < count; base += kBatch * kRows * p.blocks) {
+      float dots[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int r = base + i * kRows * p.blocks;
+        dots[i] = r < count ? column[int64_t(sh.candidates[r]) * p.pitch] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int r = base + i * kRows * p.blocks;
+        if (r >= count) break;
+        const float sim = similarity(dots[i], sh.factors[sh.candidates[r]], other_factor, p.out.cosine);
+        send(sh.similarities + r * kGreedyCandidates + c, sim == sim ? ordered_bits(sim) : 0, &sh.gathered, 0);
+      }
     }
   }
 
-  // Steps among the candidates while their minimum key is below `bound`, by one warp of block 0. All blocks receive
-  // sh.chosen and sh.steps.
-  __device__ void step(int count, Key bound, int64_t max_steps) const {
-    const int lane = threadIdx.x % 32;
-    int* chosen = cluster_peer(sh.chosen, lane < p.blocks ? lane : 0);
+  // Steps among the candidates while the minimum of their bits is below `limit`, by one warp of block 0. Fills sh.order
+  // and sh.bits, and returns the number of steps.
+  __device__ int step(int count, unsigned limit, int64_t max_steps) const {
+    const unsigned lane = threadIdx.x % 32;
+    const int bounded = static_cast<int>(min(max_steps, int64_t(kGreedyCandidates)));
     unsigned s[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] = 4 * lane + i < count ? sh.bits[4 * lane + i] : kExcluded;
     __syncwarp();  // sh.bits is filled again
     int steps = 0;
-    for (; steps < max_steps; ++steps) {
+    for (; steps < bounded; ++steps) {
       const unsigned lowest = min(min(s[0], s[1]), min(s[2], s[3]));
-      const int place = 4 * lane + (s[0] == lowest ? 0 : s[1] == lowest ? 1 : s[2] == lowest ? 2 : 3);
+      const unsigned place = 4 * lane + (s[0] == lowest ? 0 : s[1] == lowest ? 1 : s[2] == lowest ? 2 : 3);
       const unsigned bits = warp_min(lowest);
-      const int slot = warp_min(lowest == bits ? place : ~0u);
+      const unsigned slot = warp_min(lowest == bits ? place : ~0u);
       const uint4 row = *reinterpret_cast<const uint4*>(sh.similarities + slot * kGreedyCandidates + 4 * lane);
-      const int token = sh.candidates[slot];
-      if (bits == kExcluded || make_key(bits, token) >= bound) break;
-      if (lane < p.blocks) chosen[steps] = token;
-      if (lane == 0) sh.bits[steps] = bits;
-      s[0] = max(s[0], row.x);
-      s[1] = max(s[1], row.y);
-      s[2] = max(s[2], row.z);
-      s[3] = max(s[3], row.w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (slot == 4 * lane + i) s[i] = kExcluded;
+      if (bits >= limit) break;
+      if (lane == 0) sh.order[steps] = slot, sh.bits[steps] = bits;
+      s[0] = slot == 4 * lane ? kExcluded : max(s[0], row.x);
+      s[1] = slot == 4 * lane + 1 ? kExcluded : max(s[1], row.y);
+      s[2] = slot == 4 * lane + 2 ? kExcluded : max(s[2], row.z);
+      s[3] = slot == 4 * lane + 3 ? kExcluded : max(s[3], row.w);
     }
-    if (lane < p.blocks) *cluster_peer(&sh.steps, lane) = steps;
+    return steps;
+  }
+
+  // Block 0: greedy steps; all blocks receive sh.chosen and sh.steps. `position` is that of the first in the output.
+  __device__ void take_steps(int count, unsigned limit, int64_t position, int64_t max_steps) const {
+    const int tid = threadIdx.x;
+    if (tid < 32) {
+      const int steps = step(count, limit, max_steps);
+      if (tid == 0) sh.counts[0] = steps;
+    }
+    __syncthreads();
+    const int steps = sh.counts[0];
+    for (int i = tid; i < steps * p.blocks; i += kGreedyThreads)
+      send(sh.chosen + i / p.blocks, sh.candidates[sh.order[i / p.blocks]], &sh.stepped, i % p.blocks);
+    if (tid < p.blocks) {
+      send(&sh.steps, unsigned(steps), &sh.stepped, tid);
+      if (p.blocks > 1) mbarrier_arrive_expect_peer(&sh.stepped, 4 * (steps + 1), tid);
+    }
+    if (tid < steps) p.out.write(position + tid, sh.candidates[sh.order[tid]], score_of(sh.bits[tid]));
   }
 
   // Brings nearest of this block's tokens up to date with sh.chosen, and sends it to all blocks.
   __device__ void update(int steps) const {
     const int tid = threadIdx.x, quads = share / 4;
-    if (tid < steps && sh.chosen[tid] >= first && sh.chosen[tid] < first + share) sh.nearest[sh.chosen[tid]] = NAN;
+    if (tid < steps && sh.chosen[tid] - first < unsigned(share)) sh.nearest[sh.chosen[tid]] = NAN;
+    if (tid == 0 && p.blocks > 1) mbarrier_arrive_expect(&sh.updated, 16 * (all_quads() - own_quads()));
     const int groups = max(1, min(kGreedyThreads / quads, steps)), passes = (quads - 1) / kGreedyThreads + 1;
     for (int pass = 0; pass < passes; ++pass) {
       const int base = pass * kGreedyThreads, width = min(quads - base, kGreedyThreads);  // quads of this pass
@@ -382,7 +417,7 @@ struct GreedyBlock {
         const float4 factor = *reinterpret_cast<const float4*>(sh.factors + token);
 #pragma unroll 4
         for (int i = group; i < steps; i += groups) {
-          const int center = sh.chosen[i];
+          const int center = static_cast<int>(sh.chosen[i]);
           if (center < 0) continue;
           const float4 dots = *reinterpret_cast<const float4*>(gram_row(center) + token);
           const float center_factor = sh.factors[center];
@@ -404,23 +439,30 @@ struct GreedyBlock {
       }
       __syncthreads();
     }
-    for (int i = tid; i < quads * (p.blocks - 1); i += kGreedyThreads) {
-      const int place = first + 4 * (i % quads), peer = (rank + 1 + i / quads) % p.blocks;
-      if (place < p.n)
-        *reinterpret_cast<float4*>(cluster_peer(sh.nearest, peer) + place) =
-            *reinterpret_cast<const float4*>(sh.nearest + place);
+    for (int i = tid; i < own_quads() * (p.blocks - 1); i += kGreedyThreads) {
+      float4* place = reinterpret_cast<float4*>(sh.nearest + first) + i % own_quads();
+      store_async(place, *place, &sh.updated, (rank + 1 + i / own_quads()) % p.blocks);
     }
   }
+  __device__ int all_quads() const { return (p.n + 3) / 4; }
+  __device__ int own_quads() const { return max(0, min(share / 4, all_quads() - first / 4)); }
 
   __device__ void run() {
     const int tid = threadIdx.x;
+    if (tid == 0) {
+      for (uint64_t* barrier : {&sh.gathered, &sh.stepped, &sh.updated}) mbarrier_init(barrier, 1);
+      mbarrier_init_fence();
+    }
+    if (p.blocks > 1) cluster_arrive_relaxed();
     dependency_wait();
     for (int i = tid; i < kGreedyTokens; i += kGreedyThreads) {
       const float factor = i < p.n ? p.norm_factors[row * p.n + i] : NAN;
       sh.factors[i] = factor;
       sh.nearest[i] = i >= p.n || !p.given.allows(row, i) ? NAN : factor == factor ? -INFINITY : INFINITY;
     }
-    sync_cluster();  // all blocks have started
+    if (p.blocks > 1) cluster_wait();  // all blocks have started
+    __syncthreads();
+    unsigned rounds = 0, updates = 0;
     for (int64_t done = 0; done < p.k;) {
       int steps;
       if (done < p.given.seeds_count) {
@@ -432,24 +474,31 @@ struct GreedyBlock {
         }
         __syncthreads();
       } else {
-        Key bound;
-        const int count = select(bound);
+        unsigned limit;
+        const int count = select(limit);
         if (count == 0) {
           if (rank == 0)
             for (int64_t i = done + tid; i < p.k; i += kGreedyThreads) p.out.write(row * p.k + i, -1, NAN);
-          return;
+          break;
         }
         gather(count);
-        sync_cluster();
-        if (rank == 0 && tid < 32) step(count, bound, min(p.k - done, int64_t(kGreedyCandidates)));
-        sync_cluster();
+        if (rank == 0) {
+          wait(&sh.gathered, rounds % 2);
+          take_steps(count, limit, row * p.k + done, p.k - done);
+        }
+        wait(&sh.stepped, rounds % 2);
+        ++rounds;
         steps = sh.steps;
-        if (rank == 0 && tid < steps)
-          p.out.write(row * p.k + done + tid, sh.chosen[tid], score_of(sh.bits[tid]));
       }
       done += steps;
-      if (done < p.k) update(steps);
-      sync_cluster();
+      if (done < p.k) {
+        update(steps);
+        wait(&sh.updated, updates++ % 2);
+      }
+      if (done < p.given.seeds_count && p.blocks > 1) {  // no block begins an update while another is in this one
+        cluster_arrive_relaxed();
+        cluster_wait();
+      }
     }
   }
 };

@@ -102,6 +102,28 @@ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   --state.waiting;
 }
 
+inline void mbarrier_wait_cluster(uint64_t* barrier, unsigned parity) { mbarrier_wait(barrier, parity); }
+
+template <class V>
+V* peer_place(V* place, unsigned block) {
+  if (emulation::current->block->cluster && emulation::current->block->cluster->generation == 0)
+    emulation::fail("hopper: the block may not have started");
+  const size_t offset = emulation::shared_offset(*emulation::current->block, place);
+  return reinterpret_cast<V*>(emulation::cluster_block(block).shared.data() + offset);
+}
+inline void mbarrier_arrive_expect_peer(uint64_t* barrier, unsigned bytes, unsigned block) {
+  mbarrier_arrive_expect(peer_place(barrier, block), bytes);
+}
+template <class V>
+void store_async(V* to, V value, uint64_t* barrier, unsigned block) {
+  if (uintptr_t(to) % sizeof(V)) emulation::fail("store_async: not aligned");
+  V* place = peer_place(to, block);
+  emulation::add_copy(peer_place(barrier, block), [=] {
+    memcpy(place, &value, sizeof value);
+    return int64_t(sizeof value);
+  });
+}
+
 inline void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
   if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes % 16) emulation::fail("bulk_copy: not aligned to 16 bytes");
   emulation::shared_offset(*emulation::current->block, static_cast<char*>(to) + bytes - 1);

@@ -21,7 +21,7 @@ struct Call {
   int64_t* indices;
   float* radii;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t cosine, rounds, groups, blocks, candidates, backwards, tile;
+  int32_t cosine, rounds, groups, blocks, candidates, backwards, tile, work_kb, bulk;
 };
 
 template <class T>
@@ -59,18 +59,23 @@ void run(const Call& c) {
            GreedyParams{gram, norm_factors, n, pitch, c.blocks, c.k, given, out});
     return;
   }
-  GuardedBuffer nearest(4 * total_tokens), gram(size_t(4) * c.groups * c.candidates * c.candidates);
+  const int64_t padded = padded_tokens(total_tokens, c.batch);
+  GuardedBuffer nearest(4 * padded), factors(4 * padded);
+  GuardedBuffer gram(size_t(4) * c.groups * RoundsParams<T>::gram_pitch(c.candidates));
   std::vector<unsigned> arrivals(c.groups * kBarrierPitch, 0);
   RoundsParams<T> p{x, given, out, c.cu_seqlens, c.tokens, c.batch, c.k};
   if (c.cu_seqlens) std::copy(c.offsets, c.offsets + c.batch + 1, p.offsets);
   p.nearest = nearest;
-  p.norm_factors = norm_factors;
+  p.norm_factors = factors;
   p.gram = gram;
   p.arrivals = arrivals.data();
   p.groups = c.groups;
   p.blocks = c.blocks;
   p.max_candidates = c.candidates;
-  launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared), 1, kcenter_rounds<T>, p);
+  p.work_bytes = c.work_kb * 1024;
+  p.prefetch_bytes = 8192;
+  p.bulk = c.bulk;
+  launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared) + p.work_bytes, 1, kcenter_rounds<T>, p);
 }
 
 extern "C" void kcenter(const Call* call) {

@@ -216,6 +216,7 @@ using std::min;
 
 inline void __syncthreads() { emulation::arrive_and_wait(emulation::current->block->barrier); }
 inline int __syncthreads_count(bool v) { return emulation::arrive_and_wait(emulation::current->block->barrier, v); }
+inline void __threadfence_block() {}
 inline void __syncwarp() { emulation::exchange(0, 0); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }
 inline void atomicOr(unsigned* p, unsigned v) { *p |= v; }

@@ -18,7 +18,7 @@ class Call(ctypes.Structure):
         *(("mask", POINTER), ("mask_stride", INT * 2)),
         *(("cu_seqlens", POINTER), ("offsets", POINTER), ("k", INT), ("indices", POINTER), ("radii", POINTER)),
         *((name, INT32) for name in ("element", "cosine", "rounds")),
-        *((name, INT32) for name in ("groups", "blocks", "candidates", "backwards", "tile")),
+        *((name, INT32) for name in ("groups", "blocks", "candidates", "backwards", "tile", "work_kb", "bulk")),
     )
 
 
@@ -55,7 +55,10 @@ def emulate(kernel):
             radii=pointer(radii),
             element=ELEMENTS.index(x.dtype),
             cosine=metric == "cosine",
-            **{"rounds": packed, "groups": 1, "blocks": 1, "candidates": 128, "backwards": False, "tile": 0, **shape},
+            **{
+                **{"rounds": packed, "groups": 1, "blocks": 1, "candidates": 128, "backwards": False, "tile": 0},
+                **{"work_kb": 216, "bulk": False, **shape},
+            },
         )
         kernel(ctypes.byref(call))
         return indices, radii
@@ -80,9 +83,9 @@ def assert_same(got, want, rtol=1.2e-7):
 VARIANTS = [
     dict(rounds=False),
     dict(rounds=False, blocks=4, backwards=True),
-    dict(rounds=True, candidates=16),
-    dict(rounds=True, blocks=3, candidates=40, backwards=True),
-    dict(rounds=True, blocks=2, groups=2, candidates=128),
+    dict(rounds=True, candidates=16, work_kb=92),
+    dict(rounds=True, blocks=3, candidates=40, backwards=True, bulk=True),
+    dict(rounds=True, blocks=2, groups=2, candidates=250, bulk=True),
 ]
 by_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda f: "-".join(f"{k}{int(v)}" for k, v in f.items()))
 by_metric = pytest.mark.parametrize("metric", ("cosine", "euclidean"))
@@ -171,6 +174,14 @@ def test_more_tokens_than_candidates(emulate, blocks):
     plain = reference.kcenter(x.float(), 500)
     torch.testing.assert_close(tall[1], plain[1], rtol=1e-4, atol=1e-5)
     assert tall[0].unique().numel() == 500
+
+
+@by_variant
+def test_more_seeds_than_candidates(emulate, variant):
+    x = exact_inputs("euclidean", 1, 330, 8)
+    seeds = torch.randperm(330)[None, :290]
+    want = reference.kcenter(x, 320, seeds=seeds, metric="euclidean")
+    assert_same(emulate(x, 320, seeds=seeds, metric="euclidean", **variant), want)
 
 
 @by_variant
