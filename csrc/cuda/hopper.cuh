@@ -99,13 +99,13 @@ __device__ __forceinline__ void store_async(unsigned* to, unsigned value, uint64
       : "memory");
 #endif
 }
-__device__ __forceinline__ void store_async(float4* to, float4 value, uint64_t* barrier, unsigned block) {
+__device__ __forceinline__ void store_async(uint4* to, uint4 value, uint64_t* barrier, unsigned block) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .b32 place, peer;\nmapa.shared::cluster.u32 place, %0, %6;\nmapa.shared::cluster.u32 peer, %1, %6;\n"
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [place], {%2, %3, %4, %5}, [peer];\n}" ::"r"(
-          shared_address(to)), "r"(shared_address(barrier)), "r"(__float_as_uint(value.x)),
-      "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)), "r"(__float_as_uint(value.w)), "r"(block)
+          shared_address(to)), "r"(shared_address(barrier)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w),
+      "r"(block)
       : "memory");
 #endif
 }

@@ -45,17 +45,4 @@ struct Output {
 // max(s, sim), or s if either is NaN.
 __device__ __forceinline__ float update_max(float s, float sim) { return s < sim ? sim : s; }
 
-// Updates the running maxima of four tokens with their similarities to a center. The center itself, if among the four,
-// becomes NaN: no longer available.
-__device__ __forceinline__ void update_four(float (&s)[4], const float* similarities, int center) {
-  const float4 row = *reinterpret_cast<const float4*>(similarities);
-  s[0] = update_max(s[0], row.x);
-  s[1] = update_max(s[1], row.y);
-  s[2] = update_max(s[2], row.z);
-  s[3] = update_max(s[3], row.w);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i == center) s[i] = NAN;
-}
-
 }  // namespace pruneops

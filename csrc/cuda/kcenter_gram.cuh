@@ -180,6 +180,7 @@ constexpr int kGreedyThreads = 512;
 constexpr int kGreedyTokens = 8 * kGreedyThreads;
 constexpr int kGreedyCandidates = 128;
 constexpr int kGreedyBins = 256;
+constexpr int kMaxGreedyBlocks = 16;  // of a cluster
 
 struct GreedyParams {
   const float* gram;  // [B, N, pitch] dot products
@@ -192,22 +193,22 @@ struct GreedyParams {
 };
 
 struct GreedyShared {
-  float nearest[kGreedyTokens];  // similarity to the nearest center; +inf: not finite, NaN: not available
+  // ordered_bits of the similarity to the nearest center; that of +inf: not finite, kExcluded: not available.
+  unsigned nearest[kGreedyTokens];
   float factors[kGreedyTokens];
   union {
     unsigned similarities[kGreedyCandidates * kGreedyCandidates];  // ordered_bits; 0: NaN. In block 0
-    float4 partial[kGreedyThreads];  // maximum similarity of four tokens to some of the chosen
+    uint4 partial[kGreedyThreads];  // ordered bits: maximum similarity of four tokens to some of the chosen
   };
   unsigned candidates[kGreedyCandidates];  // ascending
   unsigned char order[kGreedyCandidates];  // of the chosen among the candidates. In block 0
   unsigned bits[kGreedyCandidates];   // of nearest of the candidates, then, in block 0, of the chosen
   unsigned chosen[kGreedyCandidates];  // in this round; -1: a seed out of range
-  unsigned bins[kGreedyBins], low[kGreedyThreads / 32], high[kGreedyThreads / 32], counts[kGreedyThreads / 32];
+  unsigned bins[kGreedyBins], counts[kGreedyThreads / 32];
+  uint4 ranges[kMaxGreedyBlocks];  // of the tokens of each block: minimum and maximum bits of the available ones
   unsigned steps;
   uint64_t gathered, stepped, updated;  // a phase a round, if the cluster has more than one block
 };
-
-__device__ __forceinline__ unsigned warp_max(unsigned v) { return ~warp_min(~v); }
 
 // Inclusive sum over the lanes up to this one.
 __device__ __forceinline__ unsigned warp_scan(unsigned v) {
@@ -256,42 +257,32 @@ struct GreedyBlock {
   // first does not fit, it is divided again; at the last, tokens of equal nearest are taken in order of their index.
   __device__ int select(unsigned& limit) {
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    unsigned bits[8];  // of tokens 4 tid + 2048 i + j
-    unsigned low = kExcluded, high = 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 s = *reinterpret_cast<const float4*>(sh.nearest + 4 * (tid + i * kGreedyThreads));
-      bits[4 * i] = ordered_or_excluded(s.x);
-      bits[4 * i + 1] = ordered_or_excluded(s.y);
-      bits[4 * i + 2] = ordered_or_excluded(s.z);
-      bits[4 * i + 3] = ordered_or_excluded(s.w);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      low = min(low, bits[i]);
-      if (bits[i] != kExcluded) high = max(high, bits[i]);
-    }
-    low = warp_min(low);
-    high = warp_max(high);
-    if (lane == 0) sh.low[warp] = low, sh.high[warp] = high;
-    __syncthreads();
-    low = warp_min(sh.low[lane % (kGreedyThreads / 32)]);
-    high = warp_max(sh.high[lane % (kGreedyThreads / 32)]);
+    const uint4 range = sh.ranges[lane % p.blocks];
+    unsigned low = warp_min(range.x), high = ~warp_min(~range.y);
     if (low == kExcluded) return 0;
     const unsigned top = high;
+    unsigned bits[8];  // of tokens 4 tid + 2048 i + j
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(sh.nearest)[tid + i * kGreedyThreads];
+      bits[4 * i] = four.x, bits[4 * i + 1] = four.y, bits[4 * i + 2] = four.z, bits[4 * i + 3] = four.w;
+    }
 
     unsigned edge = low;  // bits below it are candidates
     while (edge == low && high > low) {
       const int shift = max(0, 24 - __clz(high - low));  // (high - low) >> shift < 256
-      if (tid < kGreedyBins) sh.bins[tid] = 0;
-      __syncthreads();
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (bits[i] >= low && bits[i] <= high) atomicAdd(&sh.bins[bits[i] - low >> shift], 1u);
+        if (bits[i] - low <= high - low) atomicAdd(&sh.bins[bits[i] - low >> shift], 1u);
       __syncthreads();
       unsigned counts[8], sum = 0;  // of bins 8 lane + i
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum += counts[i] = sh.bins[8 * lane + i];
+      for (int i = 0; i < 2; ++i) {
+        const uint4 four = reinterpret_cast<const uint4*>(sh.bins)[2 * lane + i];
+        counts[4 * i] = four.x, counts[4 * i + 1] = four.y, counts[4 * i + 2] = four.z, counts[4 * i + 3] = four.w;
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += counts[i];
       unsigned before = warp_scan(sum) - sum, fitting = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) fitting += (before += counts[i]) <= kGreedyCandidates;
@@ -302,7 +293,9 @@ struct GreedyBlock {
         edge = low + (fitting << shift);
       else
         high = shift == 0 ? low : low + ((1u << shift) - 1);
-      if (fitting == 0) __syncthreads();  // before the bins are cleared
+      __syncthreads();  // before the bins are cleared for the next time
+      if (tid < kGreedyBins) sh.bins[tid] = 0;
+      if (fitting == 0) __syncthreads();
     }
     const bool ties = edge == low;  // more than fit, all of nearest `low`
     unsigned count = 0;  // of tokens below 2048 in the lower half, of the others in the upper half
@@ -347,14 +340,14 @@ struct GreedyBlock {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int r = base + i * kRows * p.blocks;
-        dots[i] = r < count ? column[int64_t(sh.candidates[r]) * p.pitch] : 0;
+        dots[i] = r < count ? column[sh.candidates[r] * p.pitch] : 0;
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int r = base + i * kRows * p.blocks;
         if (r >= count) break;
-        const float sim = similarity(dots[i], sh.factors[sh.candidates[r]], other_factor, p.out.cosine);
-        send(sh.similarities + r * kGreedyCandidates + c, sim == sim ? ordered_bits(sim) : 0, &sh.gathered, 0);
+        send(sh.similarities + r * kGreedyCandidates + c,
+             similarity_bits(dots[i], sh.factors[sh.candidates[r]], other_factor), &sh.gathered, 0);
       }
     }
   }
@@ -394,8 +387,9 @@ struct GreedyBlock {
     }
     __syncthreads();
     const int steps = sh.counts[0];
-    for (int i = tid; i < steps * p.blocks; i += kGreedyThreads)
-      send(sh.chosen + i / p.blocks, sh.candidates[sh.order[i / p.blocks]], &sh.stepped, i % p.blocks);
+    for (int peer = tid / 32; peer < p.blocks; peer += kGreedyThreads / 32)
+      for (int i = tid % 32; i < steps; i += 32)
+        send(sh.chosen + i, sh.candidates[sh.order[i]], &sh.stepped, peer);
     if (tid < p.blocks) {
       send(&sh.steps, unsigned(steps), &sh.stepped, tid);
       if (p.blocks > 1) mbarrier_arrive_expect_peer(&sh.stepped, 4 * (steps + 1), tid);
@@ -403,49 +397,85 @@ struct GreedyBlock {
     if (tid < steps) p.out.write(position + tid, sh.candidates[sh.order[tid]], score_of(sh.bits[tid]));
   }
 
-  // Brings nearest of this block's tokens up to date with sh.chosen, and sends it to all blocks.
+  // Brings nearest of this block's tokens up to date with sh.chosen, and sends it and its range to all blocks.
   __device__ void update(int steps) const {
-    const int tid = threadIdx.x, quads = share / 4;
-    if (tid < steps && sh.chosen[tid] - first < unsigned(share)) sh.nearest[sh.chosen[tid]] = NAN;
-    if (tid == 0 && p.blocks > 1) mbarrier_arrive_expect(&sh.updated, 16 * (all_quads() - own_quads()));
-    const int groups = max(1, min(kGreedyThreads / quads, steps)), passes = (quads - 1) / kGreedyThreads + 1;
-    for (int pass = 0; pass < passes; ++pass) {
-      const int base = pass * kGreedyThreads, width = min(quads - base, kGreedyThreads);  // quads of this pass
-      const int quad = base + tid % width, group = tid / width, token = first + 4 * quad;
-      float4 best{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-      if (group < groups && token < p.n) {
-        const float4 factor = *reinterpret_cast<const float4*>(sh.factors + token);
-#pragma unroll 4
-        for (int i = group; i < steps; i += groups) {
-          const int center = static_cast<int>(sh.chosen[i]);
-          if (center < 0) continue;
-          const float4 dots = *reinterpret_cast<const float4*>(gram_row(center) + token);
-          const float center_factor = sh.factors[center];
-          best.x = update_max(best.x, similarity(dots.x, center_factor, factor.x, p.out.cosine));
-          best.y = update_max(best.y, similarity(dots.y, center_factor, factor.y, p.out.cosine));
-          best.z = update_max(best.z, similarity(dots.z, center_factor, factor.z, p.out.cosine));
-          best.w = update_max(best.w, similarity(dots.w, center_factor, factor.w, p.out.cosine));
-        }
-      }
+    const int tid = threadIdx.x, quads = quads_of(rank), lane = tid % 32;
+    if (tid < steps && sh.chosen[tid] - first < unsigned(share)) sh.nearest[sh.chosen[tid]] = kExcluded;
+    if (tid == 0 && p.blocks > 1) mbarrier_arrive_expect(&sh.updated, 16 * (all_quads() - quads + p.blocks));
+    const int width = min(quads, kGreedyThreads), groups = width > 0 ? kGreedyThreads / width : 0;
+    const int group = width > 0 ? tid / width : 0, place = tid - group * width;
+    for (int base = 0; base < quads; base += width) {  // one pass, unless the block has more than 2048 tokens
+      const int quad = base + place, token = first + 4 * quad;
+      uint4 best{0, 0, 0, 0};
+      if (group < groups && quad < quads) update_quad(best, token, group, groups, steps);
       sh.partial[tid] = best;
       __syncthreads();
-      if (tid < width && token < p.n) {
-        float4 s = *reinterpret_cast<const float4*>(sh.nearest + token);
+      if (tid < width && quad < quads) {
+        uint4& nearest = *reinterpret_cast<uint4*>(sh.nearest + token);
+        uint4 s = nearest;
+#pragma unroll 4
         for (int g = 0; g < groups; ++g) {
-          const float4 part = sh.partial[g * width + tid];
-          s = {update_max(s.x, part.x), update_max(s.y, part.y), update_max(s.z, part.z), update_max(s.w, part.w)};
+          const uint4 part = sh.partial[g * width + tid];
+          s = {max(s.x, part.x), max(s.y, part.y), max(s.z, part.z), max(s.w, part.w)};
         }
-        *reinterpret_cast<float4*>(sh.nearest + token) = s;
+        nearest = s;
       }
       __syncthreads();
     }
-    for (int i = tid; i < own_quads() * (p.blocks - 1); i += kGreedyThreads) {
-      float4* place = reinterpret_cast<float4*>(sh.nearest + first) + i % own_quads();
-      store_async(place, *place, &sh.updated, (rank + 1 + i / own_quads()) % p.blocks);
+    for (int peer = tid / 32; peer < p.blocks; peer += kGreedyThreads / 32) {  // a warp sends to one block at a time
+      const uint4 range = range_of(rank);
+      for (int quad = lane; quad < quads && peer != rank; quad += 32) {
+        uint4* at = reinterpret_cast<uint4*>(sh.nearest + first) + quad;
+        store_async(at, *at, &sh.updated, peer);
+      }
+      if (lane == 0) send(sh.ranges + rank, range, &sh.updated, peer);
     }
   }
+
+  // Minimum and maximum bits of the available tokens of a block, by a warp.
+  __device__ uint4 range_of(int block) const {
+    unsigned low = kExcluded, high = 0;
+    const auto* four = reinterpret_cast<const uint4*>(sh.nearest + block * share);
+    for (int quad = threadIdx.x % 32; quad < quads_of(block); quad += 32) {
+      const uint4 s = four[quad];
+      low = min(low, min(min(s.x, s.y), min(s.z, s.w)));
+      for (unsigned bits : {s.x, s.y, s.z, s.w})
+        if (bits != kExcluded) high = max(high, bits);
+    }
+    return {warp_min(low), ~warp_min(~high), 0, 0};
+  }
+
+  // best of four tokens: maximum of the ordered bits of the similarities to chosen group, group + groups, ...
+  __device__ __forceinline__ void update_quad(uint4& best, int token, int group, int groups, int steps) const {
+    constexpr int kBatch = 4;  // loads in flight
+    const float4 factor = *reinterpret_cast<const float4*>(sh.factors + token);
+    const float* column = gram_row(0) + token;
+#pragma unroll 1
+    for (int i = group; i < steps; i += kBatch * groups) {
+      float4 dots[kBatch];
+      float center_factor[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int center = i + j * groups < steps ? static_cast<int>(sh.chosen[i + j * groups]) : -1;
+        center_factor[j] = center < 0 ? NAN : sh.factors[center];
+        dots[j] = *reinterpret_cast<const float4*>(column + max(center, 0) * p.pitch);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        best.x = max(best.x, similarity_bits(dots[j].x, center_factor[j], factor.x));
+        best.y = max(best.y, similarity_bits(dots[j].y, center_factor[j], factor.y));
+        best.z = max(best.z, similarity_bits(dots[j].z, center_factor[j], factor.z));
+        best.w = max(best.w, similarity_bits(dots[j].w, center_factor[j], factor.w));
+      }
+    }
+  }
+  // ordered_bits; 0 for NaN.
+  __device__ __forceinline__ unsigned similarity_bits(float dot, float a, float b) const {
+    const float sim = similarity(dot, a, b, p.out.cosine);
+    return sim == sim ? ordered_bits(sim) : 0;
+  }
   __device__ int all_quads() const { return (p.n + 3) / 4; }
-  __device__ int own_quads() const { return max(0, min(share / 4, all_quads() - first / 4)); }
+  __device__ int quads_of(int block) const { return max(0, min(share / 4, all_quads() - block * share / 4)); }
 
   __device__ void run() {
     const int tid = threadIdx.x;
@@ -458,7 +488,15 @@ struct GreedyBlock {
     for (int i = tid; i < kGreedyTokens; i += kGreedyThreads) {
       const float factor = i < p.n ? p.norm_factors[row * p.n + i] : NAN;
       sh.factors[i] = factor;
-      sh.nearest[i] = i >= p.n || !p.given.allows(row, i) ? NAN : factor == factor ? -INFINITY : INFINITY;
+      sh.nearest[i] = i >= p.n || !p.given.allows(row, i) ? kExcluded
+                      : factor == factor                  ? ordered_bits(-INFINITY)
+                                                          : kOrderedInfinity;
+    }
+    if (tid < kGreedyBins) sh.bins[tid] = 0;
+    __syncthreads();
+    for (int block = tid / 32; block < p.blocks; block += kGreedyThreads / 32) {
+      const uint4 range = range_of(block);
+      if (tid % 32 == 0) sh.ranges[block] = range;
     }
     if (p.blocks > 1) cluster_wait();  // all blocks have started
     __syncthreads();

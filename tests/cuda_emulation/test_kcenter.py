@@ -177,11 +177,30 @@ def test_more_tokens_than_candidates(emulate, blocks):
 
 
 @by_variant
+def test_no_token_is_finite(emulate, variant):
+    x = torch.full((1, 140, 4), torch.inf)
+    mask = torch.rand(1, 140) < 0.7
+    want = reference.kcenter(x, 9, mask=mask, metric="euclidean")
+    assert_same(emulate(x, 9, mask=mask, metric="euclidean", **variant), want)
+
+
+@by_variant
 def test_more_seeds_than_candidates(emulate, variant):
     x = exact_inputs("euclidean", 1, 330, 8)
     seeds = torch.randperm(330)[None, :290]
     want = reference.kcenter(x, 320, seeds=seeds, metric="euclidean")
     assert_same(emulate(x, 320, seeds=seeds, metric="euclidean", **variant), want)
+
+
+@pytest.mark.parametrize("shape", (dict(work_kb=24, candidates=100), dict(candidates=256, blocks=4, bulk=True)))
+@pytest.mark.parametrize("levels", (2, 9))  # of a feature: many ties, few ties
+@by_dtype
+def test_many_tokens(emulate, shape, levels, dtype):
+    """A copy of the scores in shared memory or not; ranges of scores and of equal scores' indices that are divided."""
+    x = torch.randint(0, levels, (1, 5000, 8), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 2000:2100] *= 100
+    got = emulate(x, 400, metric="euclidean", rounds=True, **shape)
+    assert_same(got, reference.kcenter(x, 400, metric="euclidean"))
 
 
 @by_variant
