@@ -1,27 +1,29 @@
 // Pivot cosines on CUDA: cosine of every token with P pivot tokens, or their maximum, mean or sum.
 // pruneops/reference/pivot_cosine.py is the specification. One launch; 2 P N D operations; x is read once per 64 pivots
-// (float32: 16), and each block reads the pivots from L2. Reductions never store [B, P, N].
-// A block takes 16 tokens (32 if there are enough to fill the GPU, or more than 8 pivots). Its 8 warps split the
-// features, 128 at a time, and add up their sums at the end. float16 and bfloat16 use tensor cores: lanes load 16 bytes
-// of a row directly into the operand, in a feature order common to tokens and pivots. float32 uses fused multiply-adds.
-// Rows that are not 16-byte aligned are read element by element. Products and squared norms are float32 sums from one
-// pass over x, in an order that depends on D alone: strides, batch and packing change no bit. A block of a packed x
-// finds its sequence by a search in cu_seqlens.
-// See docs/kernels/pivot_cosine.md.
+// (float32: 32), and each block reads the pivots from L2. Reductions never store [B, P, N].
+// A block takes up to 24 tokens: as many as share them evenly over the multiprocessors. Its 8 warps split the features,
+// 128 bytes of a row at a time, and add up their sums at the end; each has its own ring of asynchronous copies, so that
+// no block barrier interrupts the loads. float16 and bfloat16 use tensor cores, float32 fused multiply-adds. Rows that
+// are not 16-byte aligned are read element by element. Products and squared norms are float32 sums from one pass over
+// x, in an order that depends on D alone: strides, batch, packing and P change no bit. A block of a packed x finds its
+// sequence by a search in cu_seqlens. See docs/kernels/pivot_cosine.md.
 
 #include <optional>
 
 #include "cuda/host.cuh"
 #include "cuda/pivot_cosine.cuh"
+#include "cuda/tuning.h"
 
 namespace pruneops {
 namespace {
 
-template <int TILES, int GROUPS, class T>
-void run(const PivotCosine<T>& p, int64_t batch, cudaStream_t stream) {
-  using Shared = PivotShared<TILES, GROUPS>;
-  launch(pivot_cosine_pass<T, TILES, GROUPS>, {block_count(p, batch, Shared::kRows), kThreads, sizeof(Shared)}, stream,
-         p);
+inline Tuned blocks_per_sm{"pivot_cosine_blocks", 1};
+inline Tuned stages{"pivot_cosine_stages", 4};
+
+template <int GROUPS, int STAGES, class T>
+void run(PivotCosine<T> p, int64_t batch, int blocks, cudaStream_t stream) {
+  const int64_t grid = share_tokens(p, batch, GROUPS, int64_t(blocks) * multiprocessor_count());
+  launch(pivot_cosine_pass<T, GROUPS, STAGES>, {grid, kThreads, sizeof(PivotShared<GROUPS, STAGES>)}, stream, p);
 }
 
 }  // namespace
@@ -48,9 +50,10 @@ Tensor pivot_cosine(const Tensor& x, const std::optional<Tensor>& cu_seqlens, co
     p.reduce = static_cast<Reduce>(reduce);
     p.out = static_cast<float*>(out.data_ptr());
     const cudaStream_t stream = current_stream(x);
-    if (count > kGroupSize) return run<2, kMaxPivotGroups<T>>(p, batch, stream);
-    if (batch * tokens < 32 * multiprocessor_count()) return run<1, 1>(p, batch, stream);
-    run<2, 1>(p, batch, stream);
+    const bool all_in_flight = stages.value == 8 && max_shared_memory() >= int(sizeof(PivotShared<1, 8>));
+    if (count > kGroupSize) return run<kMaxPivotGroups<T>, 4>(p, batch, 1, stream);
+    if (all_in_flight) return run<1, 8>(p, batch, 1, stream);
+    run<1, 4>(p, batch, blocks_per_sm.value, stream);
   });
   return out;
 }

@@ -2,6 +2,8 @@
 
 #include "runtime.h"
 
+#include "hopper.h"
+
 #include "cuda/exclusive_bottomk.cuh"
 
 using namespace pruneops;
@@ -28,9 +30,10 @@ void run(const Call& c) {
   p.out = c.out;
   const bool use_lists = plan(p, c.quotas) && c.cluster_blocks > 0;
   p.cluster_blocks = use_lists ? c.cluster_blocks : 1;
-  GuardedBuffer lists(use_lists ? 4 * c.batch * p.list_offset[p.rows] : 0);
+  const bool in_memory = use_lists && p.list_offset[p.rows] > kListCapacity;
+  GuardedBuffer lists(in_memory ? 4 * c.batch * p.list_offset[p.rows] : 0);
   GuardedBuffer taken(use_lists ? 0 : 4 * c.batch * ((c.tokens + 31) / 32));
-  p.lists = lists;
+  p.lists = in_memory ? static_cast<unsigned*>(lists) : nullptr;
   p.taken = taken;
   const auto kernel = use_lists ? exclusive_bottomk_select<T, true> : exclusive_bottomk_select<T, false>;
   emulation::run(c.batch * p.cluster_blocks, kSelectThreads, sizeof(BottomkShared), c.backwards, [&] { kernel(p); },

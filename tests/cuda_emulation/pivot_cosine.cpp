@@ -2,6 +2,8 @@
 
 #include "runtime.h"
 
+#include "hopper.h"
+
 #include "cuda/pivot_cosine.cuh"
 
 using namespace pruneops;
@@ -17,10 +19,10 @@ struct Call {
   int64_t sequences;
   float* out;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t reduce, tiles, groups, backwards;
+  int32_t reduce, block_tokens, many, stages, backwards;
 };
 
-template <class T, int TILES, int GROUPS>
+template <class T, int GROUPS, int STAGES>
 void run(const Call& c) {
   const int64_t strides = (c.row_stride | c.batch_stride) * sizeof(T);
   const bool aligned = (reinterpret_cast<uintptr_t>(c.x) | strides) % 16 == 0;
@@ -34,14 +36,18 @@ void run(const Call& c) {
   p.pivots_count = c.count;
   p.reduce = static_cast<Reduce>(c.reduce);
   p.out = c.out;
-  using Shared = PivotShared<TILES, GROUPS>;
-  emulation::run(block_count(p, c.batch, Shared::kRows), kThreads, sizeof(Shared), c.backwards,
-                 [&] { pivot_cosine_pass<T, TILES, GROUPS>(p); });
+  const int least = c.block_tokens ? c.block_tokens : 1;  // given: enough slots for it
+  emulation::run(share_tokens(p, c.batch, least, c.block_tokens ? 1 << 20 : 4), kThreads, sizeof(PivotShared<GROUPS, STAGES>), c.backwards,
+                 [&] { pivot_cosine_pass<T, GROUPS, STAGES>(p); });
 }
 
 template <class T>
 void run(const Call& c) {
-  (c.tiles == 1 ? run<T, 1, 1> : c.groups == 1 ? run<T, 2, 1> : run<T, 2, kMaxPivotGroups<T>>)(c);
+  constexpr int kMany = kMaxPivotGroups<T>;
+  if (c.many)
+    (c.stages == 4 ? run<T, kMany, 4> : run<T, kMany, 8>)(c);
+  else
+    (c.stages == 4 ? run<T, 1, 4> : run<T, 1, 8>)(c);
 }
 
 extern "C" void pivot_cosine(const Call* call) {

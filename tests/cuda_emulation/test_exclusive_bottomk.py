@@ -137,3 +137,21 @@ def test_more_candidates_than_the_capacity(emulate, variant, spread):
         "steps": torch.tensor([-1.0] * 50 + [1.0] * 950 + [1.00004] * 9000 + [2.0] * 2000)[torch.randperm(12000)],
     }[spread].expand(1, 3, -1)
     assert_equals_reference(emulate, scores, [100, 2500, 7], torch.rand(1, 12000) < 0.1, **variant)
+
+
+@every_variant
+@pytest.mark.parametrize("spread", ("equal", "narrow", "outlier", "steps", "infinite"))
+def test_scores_that_crowd_bins_of_equal_width(emulate, variant, spread):
+    scores = {
+        "equal": torch.ones(3000),
+        "narrow": 1 + torch.rand(3000) * 1e-6,
+        "outlier": torch.cat((torch.rand(2999), torch.tensor([-1e6]))),
+        "steps": torch.randint(0, 20, (3000,)).float(),
+        "infinite": torch.cat((torch.rand(100), torch.full((2900,), torch.nan)))[torch.randperm(3000)],
+    }[spread].expand(1, 5, -1)
+    assert_equals_reference(emulate, scores, [36] * 5, torch.rand(1, 3000) < 0.1, **variant)
+
+
+@every_variant
+def test_lists_longer_than_shared_memory(emulate, variant):
+    assert_equals_reference(emulate, torch.randn(2, 8, 4000), [300] * 8, **variant)

@@ -18,7 +18,7 @@ class Call(ctypes.Structure):
         *((name, INT) for name in ("batch", "tokens", "width", "batch_stride", "row_stride")),
         *(("pivots", POINTER), ("pivots_stride", INT * 2), ("count", INT), ("mask", POINTER), ("mask_stride", INT * 2)),
         *(("cu_seqlens", POINTER), ("sequences", INT), ("out", POINTER)),
-        *((name, INT32) for name in ("element", "reduce", "tiles", "groups", "backwards")),
+        *((name, INT32) for name in ("element", "reduce", "block_tokens", "many", "stages", "backwards")),
     )
 
 
@@ -31,7 +31,7 @@ def kernel(tmp_path_factory):
 def emulate(kernel):
     """pivot_cosine or, given `reduce`, duplication; packed, given cu_seqlens. Outputs are poisoned first."""
 
-    def run(x, pivots, *, mask=None, cu_seqlens=None, reduce=None, tiles=1, groups=1, backwards=False):
+    def run(x, pivots, *, mask=None, cu_seqlens=None, reduce=None, tokens=0, many=False, stages=4, backwards=False):
         packed = cu_seqlens is not None
         batch = () if packed else x.shape[:1]
         out = torch.full((*batch, *(() if reduce else pivots.shape[1:]), x.shape[-2]), -77.0)
@@ -52,8 +52,9 @@ def emulate(kernel):
             out=pointer(out),
             element=ELEMENTS.index(x.dtype),
             reduce=REDUCTIONS.index(reduce),
-            tiles=tiles,
-            groups=groups,
+            block_tokens=tokens,
+            many=many,
+            stages=stages,
             backwards=backwards,
         )
         kernel(ctypes.byref(call))
@@ -63,9 +64,10 @@ def emulate(kernel):
 
 
 VARIANTS = {
-    "16 tokens": dict(),
-    "32 tokens": dict(tiles=2, backwards=True),
-    "32 tokens, many pivots": dict(tiles=2, groups=8),
+    "balanced": dict(),
+    "11 tokens a block": dict(tokens=11, stages=8),
+    "24 tokens a block": dict(tokens=24, backwards=True),
+    "many pivots": dict(tokens=22, many=True, backwards=True),
 }
 by_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 by_reduction = pytest.mark.parametrize("reduce", REDUCTIONS)
