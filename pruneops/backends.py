@@ -20,14 +20,10 @@ import torch
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
-# (operator, shape class) for which Triton is preferred on CUDA: a recorded run shows it faster, host time included, or
-# CUDA C++ is not made for these shapes. The operators' files define their shape classes. All other pairs in
-# benchmarks/results/nvidia-h100-2026-11-27/ are faster in CUDA C++. Shapes without a record run there too, because a
-# Triton launch costs more host time.
+# (operator, shape class) for which Triton is preferred on CUDA: CUDA C++ is not made for these shapes, or a recorded run
+# shows Triton faster, host time included. The operators' files define their shape classes. Shapes without a record run
+# in CUDA C++, because a Triton launch costs more host time.
 TRITON_FIRST = {
-    # kcenter.json, N 2880, D 4096: 5.9 ms, CUDA C++ 7.1
-    ("kcenter", "float32, one product"),
-    # no record: every CUDA C++ tile of 16 rows would read all keys, 2.4 GB at S 3072, H 32
     ("attention_mass", "many rows"),
     ("attention_received", "many rows"),
 }

@@ -15,10 +15,11 @@ SYSTEM_BYTES = 1024  # reserved per block, counted as static shared memory from 
 ELEMENTS = ("float", "__half", "__nv_bfloat16")
 KERNELS = {
     "kcenter_greedy",
-    *(f"{kernel}<{element}>" for kernel in ("kcenter_norm_factors", "kcenter_rounds") for element in ELEMENTS),
+    *(f"kcenter_rounds<{element}>" for element in ELEMENTS),
+    *(f"kcenter_gram_wgmma<{element}, {tile}>" for element in ELEMENTS[1:] for tile in (64, 128, 192)),
     *(f"kcenter_gram<{element}, {aligned}>" for element in ELEMENTS for aligned in ("false", "true")),
-    *(f"pivot_cosine_pass<{element}, {tiles}, 1>" for element in ELEMENTS for tiles in (1, 2)),
-    *(f"pivot_cosine_pass<{element}, 2, {2 if element == 'float' else 8}>" for element in ELEMENTS),
+    *(f"pivot_cosine_pass<{element}, 1, {stages}>" for element in ELEMENTS for stages in (4, 8)),
+    *(f"pivot_cosine_pass<{element}, {4 if element == 'float' else 8}, 4>" for element in ELEMENTS),
     *(f"exclusive_bottomk_select<{element}, {use_lists}>" for element in ELEMENTS for use_lists in ("false", "true")),
     *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
     *(f"attention_{kernel}<{element}>" for kernel in ("sums", "combine", "received_sums") for element in ELEMENTS),
@@ -29,15 +30,13 @@ KERNELS = {
 DYNAMIC_BYTES = {
     "kcenter_rounds<.*": "sizeof(RoundsShared)",
     "kcenter_gram<.*": "kPipelineBytes",
+    "kcenter_greedy": "sizeof(GreedyShared)",
     "exclusive_bottomk_select<.*": "sizeof(BottomkShared)",
     **{f"attention_sums<{element}>": f"sizeof(MassShared<{element}>)" for element in ELEMENTS},
     "attention_combine<.*": "sizeof(CombineShared)",
     "attention_received_sums<.*": "kMaxReceivedBytes",
     "copy_tokens<true>": "3 * 2 * 8 * 256",  # kOffsetStages * sizeof(TileOffsets); that header needs torch
-    **{
-        f"pivot_cosine_pass<.*, {t}, {g}>": f"sizeof(PivotShared<{t}, {g}>)"
-        for t, g in ((1, 1), (2, 1), (2, 2), (2, 8))
-    },
+    **{f"pivot_cosine_pass<.*, {groups}, 4>": f"sizeof(PivotShared<{groups}, 4>)" for groups in (1, 4, 8)},
 }
 
 

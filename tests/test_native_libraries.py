@@ -154,7 +154,6 @@ def test_gpu_without_matching_code_is_reported(gpu, monkeypatch, archs, capabili
     ("operator", "shape_class", "expected"),
     [
         ("kcenter", None, "cuda"),
-        ("kcenter", "float32, one product", "triton"),
         ("attention_mass", "many rows", "triton"),
         ("pivot_cosine", None, "cuda"),
     ],
@@ -166,14 +165,18 @@ def test_auto_follows_the_record_on_cuda(operator, shape_class, expected, monkey
     assert backends.choose("cuda", operator, backends.BACKENDS, shape_class) == "cuda"
 
 
-def test_triton_first_has_valid_operators_and_shape_classes():
+def test_triton_first_has_valid_operators_and_shape_classes(monkeypatch):
     """Every entry of TRITON_FIRST is a shape class that its operator returns."""
-    kcenter = pruneops.ops.kcenter.__globals__["_shape_class"]
-    rows = pruneops.ops.attention_mass.__globals__["rows_class"]
-    x, query, key = torch.empty(2880, 8), torch.empty(1, 8, 3, 4), torch.empty(1, 1, 9, 4)
-    assert ("kcenter", kcenter(x, 288)) in backends.TRITON_FIRST
-    assert {(name, rows(query, key)) for name in ("attention_mass", "attention_received")} <= backends.TRITON_FIRST
-    for other in (x.half(), x[:2048], torch.empty(4097, 1), torch.empty(64, 4096, 1)):
-        assert kcenter(other, 288) is None
-    assert rows(query[:, :, :2], key) is None
-    assert {name for name, _ in backends.TRITON_FIRST} == {"kcenter", "attention_mass", "attention_received"}
+    module = pruneops.ops.attention_mass.__globals__
+    few, many, query = torch.empty(1, 8, 2, 64), torch.empty(1, 8, 40, 64), torch.empty(1, 8, 32, 64).half()
+    key = torch.empty(1, 1, 9, 64)
+    for rows in (module["rows_class"], module["_mass_class"]):
+        assert rows(few, key) is None and rows(many, key) == "many rows" == rows(query, key)
+    monkeypatch.setitem(module, "_is_hopper", lambda device: True)
+    assert module["_mass_class"](query, key) is None
+    for other in (query.float(), query[..., :60], query[:, :, :30]):
+        assert module["_mass_class"](other, key) == "many rows"
+    assert module["_mass_class"](query, key, lse=torch.empty(1, 8, 32)) == "many rows"
+    assert {shape_class for _, shape_class in backends.TRITON_FIRST} == {"many rows"}
+    assert {name for name, _ in backends.TRITON_FIRST} == {"attention_mass", "attention_received"}
+

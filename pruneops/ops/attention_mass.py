@@ -1,5 +1,6 @@
 """Attention between groups of tokens: schema, argument checks, fake kernel, backends; ratios of the result."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -238,8 +239,22 @@ def _batched(run):
 
 def rows_class(query: Tensor, key: Tensor, *_: Any, **__: Any) -> str | None:
     """Shape class by the rows of attention that share a key head: few are bound by memory, many by arithmetic."""
-    rows = query.shape[-2] * (query.shape[-3] // max(key.shape[-3], 1))
-    return "many rows" if rows > 16 else None
+    return "many rows" if _rows(query, key) > 16 else None
+
+
+def _mass_class(query: Tensor, key: Tensor, *_: Any, lse: Tensor | None = None, **__: Any) -> str | None:
+    """As `rows_class`, but many rows that the wgmma kernel of CUDA C++ takes (attention_prefill.cu) are no class."""
+    shapes = query.element_size() == 2 and query.shape[-1] in (64, 128) and _rows(query, key) >= 256
+    return None if shapes and lse is None and _is_hopper(query.device) else rows_class(query, key)
+
+
+def _rows(query, key):
+    return query.shape[-2] * (query.shape[-3] // max(key.shape[-3], 1))
+
+
+@functools.cache
+def _is_hopper(device):
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _native(query, key, query_group, key_group, groups, causal, scale, lse):
@@ -269,5 +284,5 @@ define(
         "cuda": _batched(_cuda),
     },
     self_checking=("cuda",),
-    shape_class=rows_class,
+    shape_class=_mass_class,
 )

@@ -241,13 +241,6 @@ def _packed(run):
     return call
 
 
-def _shape_class(x: Tensor, k: int, **_: Any) -> str | None:
-    """Shapes for which Triton computes one Gram matrix of all tokens and CUDA C++ already works in rounds."""
-    batch, tokens = x.shape[:-2].numel(), x.shape[-2]
-    one_product = 2048 < tokens <= 4096 and 4 * batch * tokens**2 <= 1 << 29
-    return "float32, one product" if one_product and x.dtype == torch.float32 else None
-
-
 def _native(x, k, seeds, mask, metric):
     return torch.ops.pruneops_native.kcenter(x, k, seeds, mask, metric == "cosine")
 
@@ -279,7 +272,6 @@ define(
         "triton": _batched(_triton),
         "cuda": _batched(_native),
     },
-    shape_class=_shape_class,
 )
 define(
     'kcenter_varlen(Tensor x, Tensor cu_seqlens, int[] ks, *, Tensor? seeds=None, str metric="cosine")'
