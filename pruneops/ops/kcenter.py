@@ -1,7 +1,7 @@
 """Greedy k-center selection: schemas, argument checks, fake kernels, backends."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
