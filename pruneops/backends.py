@@ -20,9 +20,9 @@ import torch
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # order of preference
-# shows Triton faster, host time included. The operators' files define their shape classes. Shapes without a record run
-# in CUDA C++, because a Triton launch costs more host time.
+# (operator, shape class) for which Triton is preferred on CUDA: CUDA C++ is not made for these shapes, or a record
+# shows Triton to be faster, host time included. The operators' files define their shape classes. Shapes without a
+# record run in CUDA C++, because a Triton launch costs more host time.
 TRITON_FIRST = {
     ("attention_mass", "many rows"),
     ("attention_received", "many rows"),
