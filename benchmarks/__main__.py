@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-import pruneops
 from pruneops import backends
 
 from . import guard, harness, machine, registry, report
 
 SECONDS_PER_CASE = {"cpu": 20, "cuda": 15}
+BACKENDS_SECONDS = 1.0  # of a case on CUDA at most while all backends are timed before any baseline
+LAST_PHASE = 2
 CONTEXT_LOST = 3
 
 
@@ -38,11 +39,11 @@ def parse(argv):
     ops.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     ops.add_argument("--cases", default="quick", help="comma-separated sets (tiny, quick, full, goals) and cases")
     ops.add_argument("--backends", help="comma-separated; default: all that can run")
-    ops.add_argument("--baselines", help="comma-separated, or none; default: all")
+    ops.add_argument("--baselines", help="comma-separated, all or none; default: all, or none with --backends")
     ops.add_argument("--out", type=Path, metavar="FILE.json", help="write all numbers here")
     ops.add_argument("--seconds", type=float, help="for the whole run; default 20 s a case on CPU, 15 s on CUDA")
     ops.add_argument("--backends-first", action="store_true", help="all cases without baselines, then with them")
-    ops.add_argument("--compile-only", action="store_true", help="call once what compiles, to fill caches on disk")
+    ops.add_argument("--rates", type=Path, help=argparse.SUPPRESS)  # file of the peak rates of several processes
     guard.add_options(ops)
     options = parser.parse_args(argv)
     try:
@@ -59,9 +60,9 @@ def _resolve(options):
     if options.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch sees no GPU")
     options.cases = options.operator.select(options.cases, options.device)
+    chosen, known = options.baselines or ("all" if options.backends is None else "none"), options.operator.baselines
+    options.baselines = [] if chosen == "none" else _names(None if chosen == "all" else chosen, known, "baseline")
     options.backends = _names(options.backends, backends.BACKENDS, "backend")
-    known = tuple(options.operator.baselines)
-    options.baselines = [] if options.baselines == "none" else _names(options.baselines, known, "baseline")
     if options.out and (options.out.is_dir() or not options.out.resolve().parent.is_dir()):
         raise ValueError(f"--out: no file can be written at {options.out.resolve()}")
     if options.seconds is None:
@@ -76,21 +77,20 @@ def _names(given, known, what):
     return chosen
 
 
-def run(options):
-    """Run the cases; returns the document that --out holds, written after every case.
+def run(options, worker, last_phase=LAST_PHASE):
+    """Run the cases up to a phase; returns the document that --out holds, written after every case.
 
     With --backends-first all cases run their backends before any runs baselines, and those before what compiles: a slow
     compilation costs only what comes last. Every step gets its share of the time that is left.
     """
-    worker, load = guard.Worker(options), machine.BackgroundLoad()
-    end = time.monotonic() + options.seconds
+    load, end = machine.BackgroundLoad(), time.monotonic() + options.seconds
     reasons = {name: backends.why_not(name, options.device.type) for name in options.backends}
     document = _document(options, reasons)
     done = {case["name"]: case for case in document["cases"]}  # of an earlier process
-    steps = [step for step in _steps(options) if done.get(step[1].name, {"phase": -1})["phase"] < step[0]]
-    document["complete"] = not steps
+    steps = [step for step in _steps(options) if done.get(step[1].name, {"phase": -1})["phase"] < step[0] <= last_phase]
     try:
-        rates = machine.peak_rates(options.device, dict.fromkeys(case.dtype for case in options.cases))
+        dtypes = dict.fromkeys(case.dtype for case in options.cases)
+        rates = machine.shared_peak_rates(options.rates, options.device, dtypes)
         document["peak_rates"] = rates.facts()
         for place, (phase, case) in enumerate(steps):
             print(f"{case.name} ({place + 1}/{len(steps)})", file=sys.stderr, flush=True)
@@ -98,6 +98,7 @@ def run(options):
             seconds = (end - time.monotonic()) * weights[0] / sum(weights)
             if phase == 0 and options.seconds > 0:
                 seconds = max(seconds, 1e-3)  # backends run, however long earlier ones took to compile
+                seconds = min(seconds, BACKENDS_SECONDS) if options.device.type == "cuda" else seconds
             earlier = _entries(done.get(case.name)) | worker.crashed(case.name)
             done[case.name] = harness.run_case(
                 options.operator, case, options.device, _implementations(options, case, rates), rates, seconds, phase,
@@ -110,6 +111,11 @@ def run(options):
                 report.write(options.out, document)
     except KeyboardInterrupt:
         print("benchmarks: interrupted", file=sys.stderr)
+        return document
+    if not steps:
+        document["complete"] = True
+        if options.out:
+            report.write(options.out, document)
     return document
 
 
@@ -119,9 +125,9 @@ def _document(options, reasons):
         return json.loads(options.out.read_text()) | {"complete": False}
     unavailable = {name: reason for name, reason in reasons.items() if reason}
     for name in options.baselines:
-        devices = options.operator.baselines[name].devices
-        if options.device.type not in devices:
-            unavailable[name] = f"it runs on {' and '.join(devices)} only"
+        reason = options.operator.baselines[name].why_not(options.device)
+        if reason:
+            unavailable[name] = reason
     return machine.facts(options.device) | {
         "operator": options.operator.name,
         "seconds": options.seconds,
@@ -139,7 +145,7 @@ def _steps(options):
     if not options.backends_first:
         return [(2, case) for case in options.cases]
     baselines = [options.operator.baselines[name] for name in options.baselines]
-    phases = {2 if each.compiles else 1 for each in baselines if options.device.type in each.devices}
+    phases = {2 if each.compiles else 1 for each in baselines if each.why_not(options.device) is None}
     return [(phase, case) for phase in sorted({0, *phases}) for case in options.cases]
 
 
@@ -158,23 +164,6 @@ def _prepare_seconds(cases, current):
     return {entry["name"]: entry["prepare_s"] for entry in entries if "prepare_s" in entry}
 
 
-def compile_only(options):
-    """Call everything that compiles once in every case, right or wrong, so that caches on disk hold it."""
-    rates = machine.PeakRates(1e12, 1e12, dict.fromkeys((case.dtype for case in options.cases), 1e14))
-    for case in options.cases:
-        arguments = options.operator.arguments(case, options.device)
-        for each in _implementations(options, case, rates):
-            if each.graph or each.phase == 1 or each.name == "reference":
-                continue
-            try:
-                with pruneops.backend(each.backend):
-                    each.prepare(case, arguments)()
-                message = "ok"
-            except Exception as error:
-                message = f"{type(error).__name__}: {error}"
-            print(f"compiled: {options.operator.name} {case.name} {each.name}: {message}", flush=True)
-
-
 def main(argv=None):
     if argv is None:
         machine.keep_freed_memory()
@@ -184,15 +173,33 @@ def main(argv=None):
 
         return end_to_end.main(argv[1:])
     options = parse(argv)
-    if options.compile_only:
-        compile_only(options)
-        return 0
+    worker, status = guard.Worker(options), 0
     try:
-        document = run(options)
+        if options.wait:
+            warm_up(options.device)
+        for words in worker.passes():
+            status = concluded(run(options, worker, *map(int, words)))
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()  # other processes work before the next pass
     except harness.ContextLost as error:
         print(f"benchmarks: the CUDA context is lost: {error}", file=sys.stderr, flush=True)
         os._exit(CONTEXT_LOST)  # freeing device memory would fail or hang
-    print(report.text(document))
+    return status
+
+
+def warm_up(device):
+    """What a process does once, ahead of its time: a CUDA context, libraries in memory."""
+    for name in backends.BACKENDS:
+        backends.why_not(name, device.type)
+    if device.type == "cuda":
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            square = torch.ones(64, 64, dtype=dtype, device=device)
+            (square @ square).sum().item()
+
+
+def concluded(document):
+    """Print the table; returns the exit status."""
+    print(report.text(document), flush=True)
     if not document["complete"]:
         return 130
     entries = [entry for _, entry in report.entries(document)]

@@ -1,9 +1,10 @@
 """What `make gpu` runs, at most 300 s: build, GPU tests, sanitizers, random calls, and every operator on its goals.
 
-    build         for this GPU alone; kernels that compile on first use do so meanwhile
+    build         for this GPU alone; what compiles on first use does so meanwhile
     checks        GPU tests, the four tools of compute-sanitizer and random calls, all at once
-    operators     alone on the GPU, each in a process of its own: a crash costs one line
-    summary       at most 60 lines
+    operators     alone on the GPU, each in a process of its own: a crash costs one line. The backends of all operators
+                  come before any baseline
+    summary       at most 60 lines, one for every case
 
 Works with the Python of the active environment and installs nothing: the libraries are built in place. After every
 step what is known so far is written to <device>-<date>-<commit>.json and .md; every limit ends all that a stage
@@ -19,11 +20,12 @@ import threading
 import time
 from pathlib import Path
 
-from . import record, registry, report, stages, summary
-from .guard import OutOfTime, Stopped, Supervisor, run_in_sequence
+from . import machine, record, registry, report, stages, summary
+from .__main__ import LAST_PHASE
+from .guard import OutOfTime, Stopped, Supervisor, run_in_sequence, stopped_at_the_end
 
 TOTAL_SECONDS = 300
-BUILD = 0.3  # of all; it takes 42 to 57 s for one architecture
+BUILD = 0.4  # of all; it took 42 to 57 s for one architecture
 CHECKS = 0.55  # of what the build leaves; the operators have the rest
 ALONE = 0.3  # of all, for compiling ahead if operators are all that is asked for
 SOAK_SECONDS = 20
@@ -35,9 +37,15 @@ class Run(record.Run):
     """One run of `make gpu`."""
 
     def __init__(self, options):
-        super().__init__(options, stages=[], operators={})
+        super().__init__(options, stages=[], expected={}, operators={})
         self.cases = options.cases or ("goals" if self.device.type == "cuda" else "tiny")
         self.operators = by_share(options.operators)
+        if "operators" in options.stages:
+            self.document["expected"] = {name: self.cases_of(name) for name in self.operators}
+
+    def cases_of(self, name):
+        """Names of the cases of an operator."""
+        return [case.name for case in registry.operator(name).select(self.cases, self.device)]
 
     def stage(self, name, limit, work):
         """Do one stage within its limit and what is left of the total; record how it ended."""
@@ -112,56 +120,90 @@ def checks(run, chosen, limit):
         pass
 
 
-def operators(run, folder):
-    """One after another, the only ones on the GPU."""
-    options = ["--device", run.device.type, "--cases", run.cases, "--backends-first"]
-    supervisors = [
+def benchmark_processes(run, folder):
+    """A supervisor for each operator."""
+    options = ["--device", run.device.type, "--cases", run.cases, "--backends-first", "--rates", Path(folder, "rates")]
+    options += ["--backends", run.options.backends] if run.options.backends else []
+    return [
         Supervisor(
             [sys.executable, "-m", "benchmarks", "ops", name, *options],
             Path(folder, name),
             functools.partial(run.know, "operators", name),
+            TORCHINDUCTOR_COMPILE_THREADS="1",  # no pool of processes beside what is timed
         )
         for name in run.operators
     ]
 
-    def work(place, limit):
-        name = run.operators[place]
-        stage = functools.partial(stages.operator, name, supervisors[place], run)
-        run.stage(f"benchmark {name}", limit, stage)
 
-    weights = [registry.operator(name).gpu_time_share for name in run.operators]
-    run_in_sequence(supervisors, weights, run.left, work)
+def wait_for_quiet(seconds=5):
+    """Until other processes rest, or so many seconds: those that were killed take a moment to end."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        load = machine.BackgroundLoad()
+        time.sleep(0.25)
+        if (load.share() or 0) < report.BUSY:
+            break
+
+
+def operators(run, supervisors):
+    """The backends of one operator after another, then what they are compared with; the only ones on the GPU."""
+    if run.device.type == "cuda":
+        wait_for_quiet()
+    counts = [len(run.cases_of(name)) for name in run.operators]
+    shares = [registry.operator(name).gpu_time_share for name in run.operators]
+    passes = [("benchmark", 0, counts), ("baselines", LAST_PHASE, shares)]
+    for what, last_phase, weights in passes[: 1 if run.options.backends else 2]:
+
+        def work(place, limit, what=what, last_phase=last_phase):
+            name = run.operators[place]
+            stage = functools.partial(stages.operator, name, supervisors[place], run, last_phase=last_phase)
+            run.stage(f"{what} {name}", limit, stage)
+            if last_phase == LAST_PHASE:
+                supervisors[place].stop()
+
+        run_in_sequence(supervisors, weights, run.left, work)
 
 
 def everything(run):
     """All stages that were asked for."""
     chosen, enough, ahead = run.options.stages, threading.Event(), []
-    if "operators" in chosen:
+    if "operators" in chosen and "triton" in (run.options.backends or "triton"):
         ahead = [("compile ahead", run.options.seconds, functools.partial(stages.compile_ahead, run, enough))]
-    with concurrent(run, ahead) as compiling:
-        try:
-            if "build" in chosen:
-                run.stage("build", BUILD * run.options.seconds, functools.partial(stages.build, run))
-            checks(run, chosen, run.left() * (CHECKS if "operators" in chosen else 1))
-            if chosen == ["operators"]:  # nothing else to wait for
-                compiling[0].join(ALONE * run.left())
-        finally:
-            enough.set()
-    if "operators" in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            operators(run, folder)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        stopped_at_the_end(benchmark_processes(run, folder) if "operators" in chosen else []) as supervisors,
+    ):
+        with concurrent(run, ahead) as compiling:
+            try:
+                if "build" in chosen:
+                    run.stage("build", BUILD * run.options.seconds, functools.partial(stages.build, run))
+                for supervisor in supervisors:
+                    supervisor.start()  # it imports while others check, and nothing while another is timed
+                checks(run, chosen, run.left() * (CHECKS if "operators" in chosen else 1))
+                if chosen == ["operators"] and compiling:  # nothing else to wait for
+                    compiling[0].join(ALONE * run.left())
+            finally:
+                enough.set()
+        if "operators" in chosen:
+            operators(run, supervisors)
+
+
+def is_bad(stage):
+    """Whether a stage makes the run fail; baselines may run out of time."""
+    return stage["status"] in BAD and not (stage["name"].startswith("baselines ") and stage["status"] == "out of time")
 
 
 def main(argv=None):
     parser = record.parser("gpu", __doc__, TOTAL_SECONDS)
     parser.add_argument("--cases", help="of the operators; default: goals on CUDA, tiny on CPU")
+    parser.add_argument("--backends", help="of the operators, comma-separated, without baselines; default: all")
     parser.add_argument("--soak", type=float, default=SOAK_SECONDS, help="seconds of random calls; default %(default)s")
     run = Run(record.parse(parser, argv, stages=STAGES, operators=registry.names()))
     run.execute(lambda: everything(run))
     print("\n".join(summary.lines(run.document, run.path)))
     if not run.document["complete"]:
         return 130
-    return 1 if any(stage["status"] in BAD for stage in run.document["stages"]) else 0
+    return 1 if any(map(is_bad, run.document["stages"])) else 0
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ class Process:
         self.running.add(self)
 
     def send(self, line):
-        """Write a line to the standard input, and close it."""
+        """Write a line to the standard input."""
         with contextlib.suppress(OSError):  # it may have ended
             self.popen.stdin.write(line.encode())
-            self.popen.stdin.close()
+            self.popen.stdin.flush()
 
     def wait(self, seconds):
         """Whether it ended within so many seconds."""
@@ -107,12 +107,12 @@ def launch(command, limit, **environment):
     return process.popen.returncode, process.output()
 
 
-def run_together(commands, limit, niceness=0, enough=None):
+def run_together(commands, limit, niceness=0, enough=None, **environment):
     """(ended, outputs): run commands at once until all ended, the limit is over or the event `enough` is set."""
     end, processes = time.monotonic() + limit, []
     try:
         for command in commands:
-            processes.append(Process(command, niceness))
+            processes.append(Process(command, niceness, **environment))
         while not all(process.wait(0) for process in processes) and time.monotonic() < end:
             if enough is not None and enough.is_set():
                 break
@@ -127,6 +127,9 @@ def run_together(commands, limit, niceness=0, enough=None):
 
 class Supervisor:
     """A command that works through cases and implementations, restarted without the one in flight when it died.
+
+    Its process starts ahead of its time, imports what it needs and waits. One that has done what it was asked for waits
+    again, so that the passes of a benchmark share a process.
 
     Parameters
     ----------
@@ -148,17 +151,19 @@ class Supervisor:
         self.recorded, self.complete, self.process = None, False, None
 
     def start(self):
-        """Start a worker, unless one waits: it imports what it needs and waits for its time."""
+        """Start a worker, unless one waits."""
         if self.process is None:
             self.in_flight_file.unlink(missing_ok=True)
-            self.skip.write_text(json.dumps(self.crashes + self._skip_everywhere()))
             self.process = Process(self.command, stdin=True, **self.environment)
 
-    def run(self, limit):
-        """("ended" | "out of time" | "failed", exit status, output of the last worker) within a limit."""
+    def run(self, limit, *words):
+        """("ended" | "out of time" | "failed", exit status, output of the last worker) within a limit.
+
+        The worker is sent how many seconds it has, and the words.
+        """
         end, hang_seconds = time.monotonic() + limit, max(MIN_HANG_SECONDS, HANG_SHARE * limit)
         while True:
-            ended, status, output = self._run_once(end, hang_seconds)
+            ended, status, output = self._run_once(end, hang_seconds, words)
             if ended == "out of time" or (ended == "ended" and (status == 0 or self.complete)):
                 return ended, status, output
             at = self._in_flight()
@@ -175,22 +180,28 @@ class Supervisor:
         """End a worker that waits."""
         if self.process:
             self.process.kill()
+            self.process = None
 
-    def _run_once(self, end, hang_seconds):
+    def _run_once(self, end, hang_seconds, words):
         self.start()
-        process, self.process = self.process, None
-        process.send(f"{WORKER_SHARE * (end - time.monotonic()):.2f}\n")
+        process, self.complete, waits = self.process, False, False
+        self.skip.write_text(json.dumps(self.crashes + self._skip_everywhere()))
+        process.send(" ".join([f"{WORKER_SHARE * (end - time.monotonic()):.2f}", *map(str, words)]) + "\n")
         try:
             ended = self._wait(process, end, hang_seconds)
+            waits = ended == "complete"
         finally:
-            process.kill()
+            if not waits:
+                self.stop()
             self._record()
         Process.raise_if_stopped()
-        return ended, process.popen.returncode, process.output()
+        return ("ended", 0, process.output()) if waits else (ended, process.popen.returncode, process.output())
 
     def _wait(self, process, end, hang_seconds):
         while not process.wait(min(0.1, end - time.monotonic())):
             self._record()
+            if self.complete:
+                return "complete"
             if time.monotonic() >= end:
                 return "out of time"
             if self._in_flight() and time.time() - self.in_flight_file.stat().st_mtime > hang_seconds:
@@ -225,11 +236,17 @@ def run_in_sequence(supervisors, weights, left, work):
 
     The limits divide the seconds that are left by weight: what one leaves goes to those after it.
     """
+    for place in range(len(supervisors)):
+        for supervisor in supervisors[place : place + 2]:
+            supervisor.start()
+        work(place, (left() - 1) * weights[place] / sum(weights[place:]))
+
+
+@contextlib.contextmanager
+def stopped_at_the_end(supervisors):
+    """The supervisors, whose workers end with the block."""
     try:
-        for place in range(len(supervisors)):
-            for supervisor in supervisors[place : place + 2]:
-                supervisor.start()
-            work(place, (left() - 1) * weights[place] / sum(weights[place:]))
+        yield supervisors
     finally:
         for supervisor in supervisors:
             supervisor.stop()
@@ -250,14 +267,16 @@ class Worker:
     """A supervised process's side: waits for its time, writes what is in flight, knows what crashed before."""
 
     def __init__(self, options):
-        if options.wait:
-            line = sys.stdin.readline()
-            if not line.strip():  # the supervisor stopped it
-                raise SystemExit(0)
-            options.seconds = float(line)
-        path = options.in_flight
+        self.options, self.skip, path = options, [], options.in_flight
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) if path else None
-        self.skip = json.loads(options.skip.read_text()) if options.skip and options.skip.exists() else []
+
+    def passes(self):
+        """Once; with --wait every time that the supervisor asks: sets the seconds, yields the words that it sent."""
+        for line in iter(sys.stdin.readline, "") if self.options.wait else [""]:
+            seconds, *words = line.split() or [self.options.seconds]
+            self.options.seconds, skip = float(seconds), self.options.skip
+            self.skip = json.loads(skip.read_text()) if skip and skip.exists() else []
+            yield words
 
     def progress(self, case=None, implementation=None):
         """Write what runs next; without arguments, nothing."""

@@ -16,7 +16,7 @@ from pruneops.backends import BackendUnavailable
 
 from .machine import Clock, dtype_name
 
-MIN_TURNS, MAX_TURNS = 3, 100
+MIN_TURNS, MAX_TURNS = 3, 100  # the reference may take a single one
 MIN_SECONDS = 0.1  # of turns on CUDA, however long preparing took
 MAX_SHARE = 0.25  # of a case's time for one implementation: its first two calls and the fewest turns
 HOST_SECONDS = 0.2  # after which no block of calls begins
@@ -46,20 +46,20 @@ class Implementation:
 
 def implementations(operator, case, device, backends, baselines, rates):
     """Given backends and their variants, on CUDA also replayed from a graph; then the baselines of this device, those
-    that compile last."""
+    that compile last. The reference is of the phase of the baselines unless it is alone."""
     found = []
     for name in backends:
         fused = name != "reference"
-        seconds = 0.0 if fused else operator.reference_seconds(case, rates)
+        seconds, phase = (0.0, 0) if fused else (operator.reference_seconds(case, rates), int(len(backends) > 1))
         for label, function in {"": operator.call, **(operator.variants(case) if fused else {})}.items():
             label = f"{name} {label}".strip()
-            found.append(Implementation(label, "backend", _call(function), seconds, torch.float32, name))
+            found.append(Implementation(label, "backend", _call(function), seconds, torch.float32, name, phase))
             if device.type == "cuda" and fused:
                 prepare, label = _call(function, capture), f"{label} graph"
                 found.append(Implementation(label, "backend", prepare, seconds, torch.float32, name, graph=True))
     for name in baselines:
         baseline = operator.baselines[name]
-        if device.type in baseline.devices:
+        if baseline.why_not(device) is None and baseline.applies(case):
             seconds, phase = baseline.seconds(case, rates), 2 if baseline.compiles else 1
             found.append(Implementation(name, "baseline", baseline.prepare, seconds, case.dtype, phase=phase))
     return sorted(found, key=lambda implementation: implementation.phase == 2)
@@ -242,15 +242,25 @@ def _time(case, device, prepared, calls, entries, roofline, seconds, progress):
 
 
 def take_turns(calls, clock, seconds, progress=no_progress, failed=None):
-    """Times [turns] of every (backend, call), one call of each per turn, for about `seconds`, at least MIN_TURNS.
+    """Times of every (backend, call), one call of each per turn, for about `seconds`, at least MIN_TURNS.
 
-    One that fails has no times and no more turns: `failed(name, error)` is called; without it the error is raised.
+    One that has used its share of the seconds takes no more turns, so that a slow one leaves time to the others; the
+    reference takes one at least. One that fails has no times: `failed(name, error)` is called; without it the error is
+    raised.
     """
-    calls, times = dict(calls), {name: [] for name in calls}
-    end, turns, longest = time.monotonic() + seconds, 0, 0.0
-    while calls and (turns < MIN_TURNS or (turns < MAX_TURNS and time.monotonic() + longest < end)):
-        begin = time.monotonic()
+    calls, times, spent = dict(calls), {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
+    end, share = time.monotonic() + seconds, seconds / max(len(calls), 1)
+
+    def goes_on(name):
+        turns = len(times[name])
+        if turns < (1 if calls[name][0] == "reference" else MIN_TURNS):
+            return True
+        more = spent[name] * (turns + 1) / turns
+        return turns < MAX_TURNS and more <= share and time.monotonic() + spent[name] / turns < end
+
+    while calls:
         for name, (backend, call) in list(calls.items()):
+            begin = time.monotonic()
             progress(name)
             try:
                 with pruneops.backend(backend):
@@ -260,7 +270,8 @@ def take_turns(calls, clock, seconds, progress=no_progress, failed=None):
                     raise
                 failed(name, error)
                 del calls[name], times[name]
-        longest, turns = max(longest, time.monotonic() - begin), turns + 1
+            spent[name] += time.monotonic() - begin
+        calls = {name: calls[name] for name in calls if goes_on(name)}
     return times
 
 
@@ -300,7 +311,7 @@ def _time_host(implementation, call, device, entry, failed):
 
 def summary(times, roofline):
     """Median and 20-80 % of times in seconds, and roofline time over median."""
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    deciles = statistics.quantiles(times * (1 + (len(times) == 1)), n=10, method="inclusive")
     median = statistics.median(times)
     return {
         "median_s": median,

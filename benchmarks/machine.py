@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -104,6 +105,20 @@ def peak_rates(device, dtypes):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         matmul[dtype] = 2 * n**3 / seconds(functools.partial(torch.matmul, a, b))
     return PeakRates(read, copy, matmul)
+
+
+def shared_peak_rates(path, device, dtypes):
+    """`peak_rates`, measured once for all processes of a run that share the file; without a path anew."""
+    facts = json.loads(path.read_text()) if path and path.exists() else {"matmul_operations_per_s": {}}
+    known = facts["matmul_operations_per_s"]
+    missing = [dtype for dtype in dtypes if dtype_name(dtype) not in known]
+    if missing or "read_bytes_per_s" not in facts:
+        facts = peak_rates(device, missing).facts()
+        facts["matmul_operations_per_s"] = known = known | facts["matmul_operations_per_s"]
+        if path:
+            path.write_text(json.dumps(facts))
+    matmul = {dtype: known[dtype_name(dtype)] for dtype in dtypes}
+    return PeakRates(facts["read_bytes_per_s"], facts["copy_bytes_per_s"], matmul)
 
 
 class BackgroundLoad:

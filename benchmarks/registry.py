@@ -6,6 +6,7 @@ result, baselines. Timing, tables, JSON and pytest-benchmark are shared.
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,12 +64,26 @@ class Baseline:
     devices : tuple of str
     compiles : bool
         Takes seconds to prepare, so it comes after the others.
+    package : str
+        An optional package, which is imported by this name.
+    applies : callable (case) -> bool
+        Whether it does what a case asks for.
     """
 
     prepare: Callable[[Case, dict], Callable[[], Any]]
     seconds: Callable[[Case, Any], float]
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiles: bool = False
+    package: str = ""
+    applies: Callable[[Case], bool] = lambda case: True
+
+    def why_not(self, device):
+        """None if it can run on a device, else the reason."""
+        if device.type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} only"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return None
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ class Operator:
     cases : tuple of Case
         Small first: the time that small cases leave goes to the large ones.
     sets : dict
-        Device type -> {"tiny", "quick", "full", "goals", ...} -> names of cases.
+        Device type -> {"tiny", "quick", "full", "goals", ...} -> names of cases, the most important goals first.
     arguments : callable (case, device) -> dict
         The same values on every call.
     call : callable (arguments) -> result
@@ -117,15 +132,15 @@ class Operator:
         return self.check(case, arguments, result, expected, precision)
 
     def select(self, names, device):
-        """Cases of a comma-separated list of sets and cases; KeyError names an unknown one."""
-        known = [case.name for case in self.cases]
+        """Cases of a comma-separated list of sets and cases, in its order; KeyError names an unknown one."""
+        known = {case.name: case for case in self.cases}
         sets = self.sets[device.type]
         wanted = [name for part in names.split(",") for name in sets.get(part, (part,))]
         for name in wanted:
             if name not in known:
-                there = f"sets: {', '.join(sets)}; or cases such as {known[-1]}"
+                there = f"sets: {', '.join(sets)}; or cases such as {self.cases[-1].name}"
                 raise KeyError(f"no case {name!r} of {self.name}; {there}")
-        return [case for case in self.cases if case.name in wanted]
+        return [known[name] for name in dict.fromkeys(wanted)]
 
 
 def names():

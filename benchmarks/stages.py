@@ -19,9 +19,16 @@ from pruneops import backends
 from tests import tally
 
 from . import registry, report
+from .__main__ import LAST_PHASE
 from .guard import OutOfTime, launch, run_together
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Tools of compute-sanitizer and what each watches. Triton's own code generator is trusted not to race.
+TOOLS = {"memcheck": ("cuda", "triton"), "racecheck": ("cuda",), "initcheck": ("cuda",), "synccheck": ("cuda",)}
+RACECHECK_TOKENS = 10000  # in a call at most: it follows every access to memory, and larger ones take minutes
+# Threads of a parallel region wait for each other: 13 times as slow with twice as many threads as cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+# Every file that has tests marked gpu.
+GPU_TESTS = ("tests/ops", "tests/methods/test_host_sync.py", "tests/test_benchmarks.py", "tests/test_demo.py")
 FOUND = 9  # exit status of compute-sanitizer if it found an error
 FINDING = re.compile(r"^========= .*(Error|error:|Invalid|Race|hazard|Uninitialized|Barrier|Divergent).*", re.MULTILINE)
 CPU_TESTS = ("tests/ops/test_assign_ranks.py", "-k", "known and reference")  # a rehearsal runs these
@@ -60,37 +67,34 @@ def _nvidia_smi():
 
 
 def compile_ahead(run, enough, limit):
-    """Compile every operator's kernels once beside build and tests, until the event `enough` is set.
-
-    Caches on disk hold them then, so that the operators' time on the GPU goes to measuring. A compilation that fails
-    here fails again where it counts.
-    """
-    cuda = run.device.type == "cuda"
-    options = ["--device", run.device.type, "--cases", run.cases, "--compile-only"]
-    options += ["--backends", "triton"] if cuda else ["--baselines", "none", "--backends", "cpu"]
-    names = run.operators if cuda else run.operators[:1]
-    commands = [[sys.executable, "-m", "benchmarks", "ops", name, *options] for name in names]
-    ended, outputs = run_together(commands, limit, niceness=15, enough=enough)
-    calls = sum(output.count("compiled: ") for output in outputs)
-    return "passed", f"{calls} calls, {ended} of {len(names)} operators complete", {}
+    """Compile on idle cores, beside build and tests, until the event `enough` is set."""
+    count = max(2, (os.cpu_count() or 1) - 4) if run.device.type == "cuda" else 1
+    command = [sys.executable, "-m", "benchmarks.compile_ahead", "--device", run.device.type, "--cases", run.cases]
+    commands = [[*command, "--operators", ",".join(run.operators), "--slice", f"{i}/{count}"] for i in range(count)]
+    ended, outputs = run_together(commands, limit, niceness=15, enough=enough, **ONE_THREAD)
+    lines = [line for output in outputs for line in output.splitlines() if line.startswith("compiled: ")]
+    bad = [line.removeprefix("compiled: ") for line in lines if not line.endswith(": ok")]
+    message = f"{len(lines) - len(bad)} kernels and baselines, {len(bad)} failed, {ended} of {count} processes complete"
+    return "passed", message, {"failures": bad[:20]}
 
 
 def tests(run, limit):
-    """The tests marked gpu, in as many processes as the cores carry beside the sanitizers."""
+    """The tests marked gpu, those of CUDA C++ first, in as many processes as the cores carry beside the sanitizers."""
     cuda = run.device.type == "cuda"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.tally", "-p", "no:cacheprovider"]
-    command += ["-m", "gpu"] if cuda else ["-m", "not gpu", *CPU_TESTS]
+    command += ["-m", "gpu", *GPU_TESTS] if cuda else ["-m", "not gpu", *CPU_TESTS]
     if importlib.util.find_spec("xdist"):
         count = max(2, (os.cpu_count() or 1) - 3) if cuda else 2
-        command += ["-n", str(count), "--dist", "worksteal"]
+        command += ["-n", str(count), "--dist", "load", "--maxschedchunk", "4"]  # in order
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tally")
         try:
-            status, output = launch(command, limit, PRUNEOPS_TALLY=str(path))
+            status, output = launch(command, limit, PRUNEOPS_TALLY=str(path), **ONE_THREAD)
         except OutOfTime as error:
             status, output = None, str(error)
         results = tally.read(path)
     message = ", ".join(f"{count} {outcome}" for outcome, count in results["counts"].items())
+    message += "".join(f"; {name} {ended} of {total}" for name, (ended, total) in results["kinds"].items())
     if status == 0 and results["counts"]["passed"]:
         return "passed", message, results
     if status is None:
@@ -104,7 +108,10 @@ def tests(run, limit):
 def sanitize(tool, run, limit):
     """One tool of compute-sanitizer over every operator's small shapes; with None, these alone."""
     cuda = run.device.type == "cuda"
-    command, environment = [sys.executable, "-m", "tests.sanitize", "--device", run.device.type], {}
+    command, environment = [sys.executable, "-m", "tests.sanitize", "--device", run.device.type], dict(ONE_THREAD)
+    if tool:
+        command += ["--backends", ",".join(TOOLS[tool])]
+        command += ["--max-tokens", str(RACECHECK_TOKENS)] if tool == "racecheck" else []
     if tool and not cuda:
         return "skipped", "it needs a CUDA device", {}
     if tool:
@@ -125,7 +132,8 @@ def sanitize(tool, run, limit):
     clean = not tool or (summaries and not any(map(int, summaries)))
     if status == 0 and clean and calls:
         absent = "".join(f", without {name}" for name in re.findall(r"sanitize: (\w+) not run", output))
-        return "passed", f"{calls} calls{_by_backend(output)}{absent}", {}
+        absent += f", of at most {RACECHECK_TOKENS} tokens" * (tool == "racecheck")
+        return "passed", f"{calls}{_of_all(output)} calls{_by_backend(output)}{absent}", {}
     errors = f"{sum(map(int, summaries))} errors" if summaries else "no summary" if tool else f"status {status}"
     return "failed", f"{errors}, {calls} calls right, exit status {status}", {"output": output[-OUTPUT:]}
 
@@ -139,32 +147,40 @@ def _cut_off(output):
         return "failed", f"out of time after {calls} calls: {found[0]}", {"output": output[-OUTPUT:]}
     if not calls:
         raise OutOfTime(output)
-    return "incomplete", f"out of time after {calls} clean calls{_by_backend(output)}", {}
+    return "incomplete", f"{calls}{_of_all(output)} clean calls{_by_backend(output)}, then out of time", {}
+
+
+def _of_all(output):
+    """How many calls there were to make."""
+    found = re.search(r"^sanitize: (\d+) calls$", output, re.MULTILINE)
+    return f" of {found[1]}" if found else ""
 
 
 def _by_backend(output):
-    """Calls of every backend, if there are several."""
+    """Calls of every backend."""
     names = re.findall(r"^sanitize: \w+ (\w+) .*: ok$", output, re.MULTILINE)
     counts = [f"{name} {names.count(name)}" for name in dict.fromkeys(names)]
-    return f" ({', '.join(counts)})" if len(counts) > 1 else ""
+    return f" ({', '.join(counts)})" if counts else ""
 
 
 def soak(run, limit):
-    """Random calls against oracles for so many seconds."""
+    """Random calls of the kernels against oracles for so many seconds; on a GPU no large ones."""
     seconds = run.options.soak
     if seconds <= 0:
         return "skipped", "--soak 0", {}
     command = [sys.executable, "-m", "tests.soak", "--seconds", f"{min(seconds, 0.8 * limit):g}"]
-    status, output = launch([*command, "--device", run.device.type], min(limit, seconds + 60))
+    command += ["--device", run.device.type]
+    command += ["--backends", "cuda,triton", "--no-large"] if run.device.type == "cuda" else []
+    status, output = launch(command, min(limit, seconds + 60), **ONE_THREAD)
     last = (output.strip().splitlines() or [f"exit status {status}"])[-1]
     if status == 2 and run.device.type != "cuda":
         return "skipped", last, {}
     return ("failed", last, {"output": output[-OUTPUT:]}) if status else ("passed", last, {})
 
 
-def operator(name, supervisor, run, limit):
-    """One operator's cases in a process of its own; what a process past its limit had finished is kept."""
-    ended, status, output = supervisor.run(limit)
+def operator(name, supervisor, run, limit, last_phase=LAST_PHASE):
+    """One operator's cases, up to a phase, in a process of its own; what one past its limit had finished is kept."""
+    ended, status, output = supervisor.run(limit, last_phase)
     document = run.document["operators"].get(name, {"cases": []})
     total, done = len(registry.operator(name).select(run.cases, run.device)), len(document["cases"])
     entries = [(case["name"], entry) for case, entry in report.entries(document)]

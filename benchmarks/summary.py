@@ -4,7 +4,7 @@ from . import report
 from .registry import LOWER_BOUND
 from .stages import BAD, TOOLS
 
-MAX_LINES, MAX_TESTS, WIDTH = 60, 3, 200
+MAX_LINES, MAX_TESTS, WIDTH = 60, 2, 200
 SANITIZERS = ("small shapes", *TOOLS)
 
 
@@ -19,18 +19,20 @@ def host_limit(operator, case, backend):
 
 def lines(document, path):
     """Title, stages, operators and their cases, tests that failed, where the record is."""
-    operators = document["operators"]
-    of_operator = {stage["name"].partition("benchmark ")[2]: stage for stage in document["stages"]}
+    found = {stage["name"]: stage for stage in document["stages"]}
     title = f"{document['device']}, {document['date'][:10]}, commit {report.commit(document)}"
     head = [f"{title}, {document['seconds']:.0f} s", *_stages(document["stages"])]
     tail = _tests(document["stages"])
     if not document["complete"]:
         tail.append("INCOMPLETE: the run did not end")
     tail.append(f"record: {path} and {path.with_suffix('.md').name}")
-    heads = [_operator(name, record, of_operator.get(name)) for name, record in operators.items()]
-    cases = [[_case(case) for case in record["cases"]] for record in operators.values()]
-    unknown = [_stage(stage) for name, stage in of_operator.items() if name and name not in operators]
-    room, total = MAX_LINES - len(head) - len(tail) - len(heads) - len(unknown), sum(map(len, cases))
+    heads, cases = [], []
+    for name, expected in document["expected"].items():
+        record = document["operators"].get(name, {"cases": []})
+        known = {case["name"]: case for case in record["cases"]}
+        heads.append(_operator(name, record, found.get(f"benchmark {name}"), found.get(f"baselines {name}")))
+        cases.append([_case(known[case]) if case in known else f"  {case}: not reached" for case in expected])
+    room, total = MAX_LINES - len(head) - len(tail) - len(heads), sum(map(len, cases))
     if total > room:
         room = max(room - 1, 0)
         tail.insert(0, f"... and {total - room} more cases, in the record")
@@ -38,7 +40,7 @@ def lines(document, path):
     for line, rest in zip(heads, cases):
         body += [line, *rest[:room]]
         room -= len(rest[:room])
-    return [_shortened(line) for line in [*head, *body, *unknown, *tail]]
+    return [_shortened(line) for line in [*head, *body, *tail]]
 
 
 def _shortened(line):
@@ -51,12 +53,22 @@ def _stage(stage):
 
 def _stages(stages):
     """One line per stage; the sanitizers share one."""
-    others = [stage for stage in stages if not stage["name"].startswith("benchmark ")]
+    others = [stage for stage in stages if not stage["name"].startswith(("benchmark ", "baselines "))]
     tools = [stage for stage in others if stage["name"] in SANITIZERS]
     found = [_stage(stage) for stage in others if stage not in tools]
     if len(tools) == len(SANITIZERS) and len({(stage["status"], stage["message"]) for stage in tools[1:]}) == 1:
         tools = [tools[0], tools[1] | {"name": "the four tools"}]
-    return [*found, *(["sanitize: " + "; ".join(map(_stage, tools))] if tools else [])]
+    return [*found, *([_sanitizers(tools)] if tools else [])]
+
+
+def _sanitizers(tools):
+    """All on one line; messages are shortened rather than left out."""
+    heads = [f"{tool['name']} {tool['status']}" for tool in tools]
+    room = (WIDTH - len("sanitize: ") - sum(len(head) + len(" ; ") for head in heads)) // len(tools)
+    whole = "; ".join(f"{head} {tool['message']}" for head, tool in zip(heads, tools))
+    if len(whole) <= WIDTH - len("sanitize: "):
+        return f"sanitize: {whole}"
+    return "sanitize: " + "; ".join(f"{head} {tool['message'][:room]}" for head, tool in zip(heads, tools))
 
 
 def _tests(stages):
@@ -65,9 +77,11 @@ def _tests(stages):
     return [f"failed: {name}" for name in bad[:MAX_TESTS]] + rest
 
 
-def _operator(name, record, stage):
+def _operator(name, record, stage, baselines):
     """How its benchmark ended, and the longest host time of a backend's call, against its limit."""
-    ended = _stage(stage) if stage else f"benchmark {name}: running"
+    ended = _stage(stage) if stage else f"benchmark {name}: not reached"
+    if baselines:
+        ended += f"; baselines {baselines['status']} ({baselines['seconds']} s)"
     worst = {}  # backend -> (share of the limit, seconds, limit)
     for case, entry in report.entries(record):
         backend = entry["name"]

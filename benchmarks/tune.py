@@ -1,12 +1,13 @@
-"""Sweeps configurations of the Triton kernels on this GPU (`make gpu-tune`, at most 240 s).
+"""Sweeps configurations of the kernels on this GPU (`make gpu-tune`, at most 240 s).
 
-First as many processes as there are cores compile the candidates. Then, alone on the GPU, each space of
-`benchmarks/spaces.py` is tried in a process of its own: a configuration that does not compile, does not fit, crashes,
-hangs or gives a wrong result is left out; the others are timed (device events, cold caches, replayed from a CUDA graph)
-and the best of them once more in turns with the current one. After every configuration what is known is written to
-tune-<device>-<date>-<commit>.json, and the table that would be committed to the .md beside it. `--device cpu`
-rehearses this in Triton's interpreter, whose times mean nothing. Exit status: 0, or 1 if a space has no time for the
-current configuration, 2 without a GPU, 130 after an interruption.
+First as many processes as there are cores compile Triton's candidates. Then, alone on the GPU, each space of
+`benchmarks/native_spaces.py` (launch parameters of CUDA C++) and `benchmarks/spaces.py` (Triton) is tried in a process
+of its own: a configuration that does not compile, does not fit, crashes, hangs or gives a wrong result is left out; the
+others are timed (device events, cold caches, replayed from a CUDA graph) and the best of them once more in turns with
+the current one. After every configuration what is known is written to tune-<device>-<date>-<commit>.json, and the lines
+that would be committed to the .md beside it. `--device cpu` rehearses this in Triton's interpreter, whose times mean
+nothing. Exit status: 0, or 1 if a space has no time for the current configuration, 2 without a GPU, 130 after an
+interruption.
 """
 
 import argparse
@@ -23,15 +24,16 @@ import torch
 
 import pruneops
 
-from . import guard, harness, machine, record, registry, report, spaces
-from .__main__ import CONTEXT_LOST
+from . import guard, harness, machine, native_spaces, record, registry, report, spaces
+from .__main__ import CONTEXT_LOST, warm_up
 
+SPACES = {space.name: space for space in (*native_spaces.SPACES, *spaces.SPACES)}  # the most important first
 TOTAL_SECONDS = 240
 COMPILING = 0.4  # of all, at most
 CURRENT = "current"
 BETTER = 0.98  # of the current configuration's time, at most, for a configuration to be proposed
-TURNS, SECONDS = 30, 0.15  # a configuration is timed for so many turns or seconds, whichever ends first
-FINALISTS, FINAL_SECONDS = 3, 1.0
+TURNS, SECONDS = 30, 0.1  # a configuration is timed for so many turns or seconds, whichever ends first
+FINALISTS, FINAL_SECONDS = 3, 0.6
 STATUSES = ("ok", "WRONG", "failed", "crashed", "hung", "not read", "skipped")
 
 
@@ -42,8 +44,27 @@ def label(config):
 def candidates(space, device):
     """(target, name of the case, configurations, None for the current one); None if a CPU cannot rehearse the space."""
     if device.type == "cuda":
-        return space.target, space.case, [None, *space.candidates]
+        now = space.target.current()
+        return space.target, space.case, [None, *(config for config in space.candidates if now | config != now)]
     return (*space.rehearsal, [None, space.candidates[0]]) if space.rehearsal else None
+
+
+def problem(space, device):
+    """None if a space can be tried, "" if nobody expects it here, else what is wrong with it."""
+    try:
+        return "" if candidates(space, device) is None else None
+    except Exception as error:
+        print(f"tune: {space.name}: {harness.message(error)}", flush=True)
+        return harness.message(error)
+
+
+def weight(space):
+    """Share of the time."""
+    return len(space.candidates) + 4
+
+
+def backend_of(target):
+    return getattr(target, "backend", "triton")
 
 
 def override(target, config):
@@ -59,7 +80,7 @@ def measure(target, config, operator, case, arguments, clock, device):
 
     try:
         spaces.clear_caches()
-        with pruneops.backend("triton"), override(target, config) as used:
+        with pruneops.backend(backend_of(target)), override(target, config) as used:
             checked = operator.check(case, arguments, call(), None, torch.float32)
             if not (checked.right and used):
                 return entry | {"status": "WRONG" if used else "not read", "reason": checked.message}, None
@@ -73,11 +94,9 @@ def measure(target, config, operator, case, arguments, clock, device):
     return entry | {"status": "ok", "reason": checked.message, "median_s": statistics.median(times)}, timed
 
 
-def sweep(options):
+def sweep(options, worker):
     """Try one space; writes after every configuration, then times the best in turns with the current one."""
-    worker = guard.Worker(options)
-    end, device = time.monotonic() + options.seconds, torch.device(options.device)
-    space = next(space for space in spaces.SPACES if space.name == options.sweep)
+    end, device, space = time.monotonic() + options.seconds, torch.device(options.device), SPACES[options.sweep]
     target, name, configs = candidates(space, device)
     operator = registry.operator(space.operator)
     (case,) = operator.select(name, device)
@@ -101,7 +120,7 @@ def sweep(options):
     if "final" not in crashed:
         worker.progress(space.name, "final")
         seconds = FINAL_SECONDS if device.type == "cuda" else 0
-        turns = harness.take_turns({name: ("triton", call) for name, call in calls.items()}, clock, seconds)
+        turns = harness.take_turns({name: (backend_of(target), call) for name, call in calls.items()}, clock, seconds)
         document["final"] = [[name, statistics.median(times)] for name, times in turns.items()]
         worker.progress()
     document["complete"] = True
@@ -119,7 +138,8 @@ def compile_slice(options):
     """Call every n-th of all configurations once, so that Triton's cache on disk holds its kernels."""
     first, step = map(int, options.compile_slice.split("/"))
     device, made = torch.device(options.device), {}
-    for space, config in [(s, c) for s in spaces.SPACES for c in candidates(s, device)[2]][first::step]:
+    chosen = [space for space in spaces.SPACES if space.name in options.spaces]
+    for space, config in [(s, c) for s in chosen for c in candidates(s, device)[2]][first::step]:
         operator = registry.operator(space.operator)
         if space.case not in made:
             (case,) = operator.select(space.case, device)
@@ -153,11 +173,12 @@ def table(document, device):
     """Python text of what would be committed."""
     lines = [f"# {document['device']}, compute capability {torch.cuda.get_device_capability(device)}"]
     lines[0] += f", {document['date'][:10]}"
-    for space in spaces.SPACES:
-        result = document["spaces"].get(space.name)
+    for space in SPACES.values():
+        result, target = document["spaces"].get(space.name), space.target
         if result:
             _, message, config = verdict(result)
-            lines.append(f"# triton_kernels/{space.target.module}.py, {result['case']}: {message}")
+            place = target.place if backend_of(target) == "cuda" else f"triton_kernels/{target.module}.py"
+            lines.append(f"# {place}, {result['case']}: {message}")
             lines += [space.target.text(space.target.current() | config)] if config else []
     return "\n".join(lines)
 
@@ -169,7 +190,11 @@ class Run(record.Run):
 
     def __init__(self, options):
         super().__init__(options, spaces={}, table="")
-        self.spaces = [s for s in spaces.SPACES if s.name in options.spaces and candidates(s, self.device)]
+        chosen = [space for space in SPACES.values() if space.name in options.spaces]
+        chosen = [space for space in chosen if options.only in (None, backend_of(space.target))]
+        problems = [problem(space, self.device) for space in chosen]
+        self.spaces = [space for space, wrong in zip(chosen, problems) if wrong is None]
+        self.expected = len(self.spaces) + sum(map(bool, problems))
         self.command = [sys.executable, "-m", "benchmarks.tune", "--device", self.device.type]
 
     def markdown(self):
@@ -183,14 +208,15 @@ class Run(record.Run):
     def compile(self):
         """Fill Triton's cache on all cores; what takes too long is compiled where it is timed."""
         count = max(1, (os.cpu_count() or 1) - 2)
-        commands = [[*self.command, "--compile-slice", f"{first}/{count}"] for first in range(count)]
+        named = ["--spaces", ",".join(space.name for space in self.spaces)]
+        commands = [[*self.command, *named, "--compile-slice", f"{first}/{count}"] for first in range(count)]
         begin = time.monotonic()
         guard.run_together(commands, COMPILING * self.options.seconds)
         print(f"tune: compiled by {count} processes in {time.monotonic() - begin:.0f} s", flush=True)
 
     def sweep(self):
         """Space after space."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and any(backend_of(space.target) == "triton" for space in self.spaces):
             self.compile()
         environment = {} if self.device.type == "cuda" else {"TRITON_INTERPRET": "1"}
         with tempfile.TemporaryDirectory() as folder:
@@ -203,13 +229,15 @@ class Run(record.Run):
                 )
                 for place, space in enumerate(self.spaces)
             ]
-            work = functools.partial(self.supervise, supervisors)
-            guard.run_in_sequence(supervisors, [1] * len(supervisors), self.left, work)
+            work, weights = functools.partial(self.supervise, supervisors), [weight(space) for space in self.spaces]
+            with guard.stopped_at_the_end(supervisors):
+                guard.run_in_sequence(supervisors, weights, self.left, work)
 
     def supervise(self, supervisors, place, limit):
         """One space in its process."""
         name = self.spaces[place].name
         ended, _, output = supervisors[place].run(limit)
+        supervisors[place].stop()
         space = self.document["spaces"].get(name)
         message = verdict(space)[1] if space else f"{ended}: {guard.exit_message(1, output)}"
         print(f"tune: {name}: {message}", flush=True)
@@ -221,22 +249,29 @@ class Run(record.Run):
         if self.device.type != "cuda":
             print("tune: rehearsed in Triton's interpreter, whose times mean nothing: no table")
         good = sum(space.name in results and verdict(results[space.name])[0] == "passed" for space in self.spaces)
-        print(f"tune: {good} of {len(self.spaces)} spaces, record: {self.path}")
+        print(f"tune: {good} of {self.expected} spaces, record: {self.path}")
         if not self.document["complete"]:
             return 130
-        return 0 if good == len(self.spaces) else 1
+        return 0 if good == self.expected else 1
 
 
 def main(argv=None):
     parser = record.parser("tune", __doc__, TOTAL_SECONDS)
     for name in ("--sweep", "--compile-slice"):
         parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("cuda", "triton"), help="spaces of one backend; default: both")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     guard.add_options(parser)
-    options = record.parse(parser, argv, spaces=[space.name for space in spaces.SPACES])
+    options = record.parse(parser, argv, spaces=list(SPACES))
     if options.sweep or options.compile_slice:
         try:
-            (sweep if options.sweep else compile_slice)(options)
+            if options.compile_slice:
+                compile_slice(options)
+                return 0
+            worker = guard.Worker(options)
+            warm_up(torch.device(options.device))
+            for _ in worker.passes():
+                sweep(options, worker)
         except harness.ContextLost as error:
             print(f"tune: the CUDA context is lost: {error}", file=sys.stderr, flush=True)
             os._exit(CONTEXT_LOST)

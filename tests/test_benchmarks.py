@@ -1,12 +1,16 @@
 """The benchmark harness, on cases too small to mean anything: timings are never asserted."""
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
+import importlib.util
+import itertools
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +30,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import common, gpu, guard, harness, machine, registry, report, spaces, stages, summary, tune  # noqa: E402
+from benchmarks import (  # noqa: E402
+    common,
+    compile_ahead,
+    gpu,
+    guard,
+    harness,
+    machine,
+    native_spaces,
+    registry,
+    report,
+    spaces,
+    stages,
+    summary,
+    tune,
+)
 from benchmarks.ops import kv_compact  # noqa: E402
 from pruneops import backends  # noqa: E402
 from tests import tally  # noqa: E402
@@ -151,10 +169,10 @@ def test_tiny_cases_of_every_operator(name, tmp_path, capsys):
     assert "graph not run" in table and "WRONG" not in table
     cases = json.loads(out.read_text())["cases"]
     assert [case["name"] for case in cases] == list(operator.sets["cpu"]["tiny"])
-    able = [own for own in baselines if "cpu" in operator.baselines[own].devices]
+    able = [own for own in baselines if operator.baselines[own].why_not(CPU) is None]
     for case in cases:
         assert case["shape"] in table and case["bytes"] > 0 and case["operations"] >= 0
-        assert {entry["name"] for entry in case["implementations"]} == {"reference", *able}
+        assert {entry["name"] for entry in case["implementations"]} <= {"reference", *able}
         assert all(entry["status"] == "ok" and entry["of_roofline"] > 0 for entry in case["implementations"])
 
 
@@ -242,7 +260,7 @@ def test_check_in_place_counts_calls(name):
         checked = operator.check(case, arguments, contents.tensors, None, torch.float32)
         assert checked.right == right, (done, counted)
     for label, each in operator.baselines.items():
-        if label != "compiled" and "cpu" in each.devices:
+        if label != "compiled" and each.why_not(CPU) is None:
             contents.tensors[0].zero_()
             result = each.prepare(case, arguments)()
             assert operator.verify(case, arguments, result, None, torch.float32).right
@@ -253,6 +271,8 @@ def test_check_in_place_counts_calls(name):
     [
         ("kcenter", "b8-n576-d1024-bfloat16", {"N": 60, "D": 24, "k": 7}),
         ("kcenter", "varlen-d1024-float32", {"lengths": [50, 30], "D": 24, "ks": [9, 4]}),
+        ("kcenter", "euclidean-b1-n2880-d1024-float32", {"B": 3, "N": 60, "D": 24, "k": 7}),
+        ("kcenter", "euclidean-b1-n2880-d1024-bfloat16", {"N": 60, "D": 24, "k": 7}),
         ("pivot_cosine", "b8-n576-d1024-p8-bfloat16", {"N": 50, "D": 24}),
         ("pivot_cosine", "duplication-b1-n2880-d4096-p8-bfloat16", {"N": 50, "D": 24}),
         ("pivot_cosine", "varlen-d1024-p8-bfloat16", {"lengths": [30, 20], "D": 24}),
@@ -282,9 +302,62 @@ def test_every_variant_and_baseline_is_right_in_its_precision(name, case, sizes,
             checked = operator.check(case, arguments, call(arguments), operator.call(arguments), torch.float32)
             assert checked.right, checked.message
     for label, each in operator.baselines.items():
-        if "cpu" in each.devices:
+        if each.why_not(CPU) is None and each.applies(case):
             checked = operator.verify(case, arguments, each.prepare(case, arguments)(), None, case.dtype)
             assert checked.right, (label, checked.message)
+
+
+EUCLIDEAN = KCENTER.select("euclidean-b1-n96-d64-float32", CPU)[0]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda r: (r[0], r[1] * 1.01), "off by"),
+    (lambda r: (torch.cat([r[0][:, :1], r[0][:, 1:].flip(-1)], -1), r[1]), "off by"),
+    (lambda r: (r[0].roll(1, -1), r[1]), "begin with the pivot"),
+])  # fmt: skip
+def test_check_of_distances_finds_what_is_wrong(spoil, message):
+    arguments = KCENTER.arguments(EUCLIDEAN, CPU)
+    result = run_reference(KCENTER, arguments)
+    assert KCENTER.check(EUCLIDEAN, arguments, result, result, torch.float32).right
+    checked = KCENTER.check(EUCLIDEAN, arguments, spoil(result), result, torch.float32)
+    assert not checked.right and message in checked.message
+
+
+def test_an_optional_package_that_is_absent_is_named(monkeypatch, capsys):
+    """Of a baseline that does not apply nothing is said."""
+    for spec in (None, "there"):
+        monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        options = ["--baselines", "quickfps,loop", "--seconds", "1", "--cases", "tiny"]
+        assert command.main([*CHEAP, *options]) == 0
+        table = capsys.readouterr().out
+        assert ("quickfps not run: torch_quickfps is not installed" in table) == (spec is None)
+        assert "vs quickfps" not in table
+    found = harness.implementations(KCENTER, EUCLIDEAN, CPU, [], ["quickfps", "n_by_n", "graph"], RATES)
+    assert [each.name for each in found] == ["quickfps"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_quickfps") is None, reason="torch_quickfps is not installed")
+@pytest.mark.parametrize("name", ["quickfps", "quickfps plain"])
+def test_quickfps_answers_alike(name):
+    arguments = KCENTER.arguments(EUCLIDEAN, CPU)
+    result = KCENTER.baselines[name].prepare(EUCLIDEAN, arguments)()
+    assert torch.equal(result, run_reference(KCENTER, arguments).indices[0])
+
+
+@pytest.mark.parametrize("case", ["prefill-s130-h4-float32", "text-s130-h4-float32"])
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_flex_attention_gives_mass_and_lse(case, auxiliary, monkeypatch):
+    """Uncompiled, as on a CPU; where PyTorch has no auxiliary outputs too."""
+    operator, module = OPERATORS["attention_mass"], sys.modules["benchmarks.ops.attention_mass"]
+    case = operator.select(case, CPU)[0]
+    monkeypatch.setattr(module, "compiled", lambda function, **options: function)
+    if not auxiliary:
+        monkeypatch.setattr(module.baselines, "AuxRequest", None)
+    arguments = operator.arguments(case, CPU)
+    result = operator.baselines["flex"].prepare(case, arguments)()
+    assert isinstance(result, tuple) == (not case.sizes["lse"])
+    checked = operator.check(case, arguments, result, None, torch.float32)
+    assert checked.right, checked.message
 
 
 def test_order_of_implementations():
@@ -347,11 +420,31 @@ def test_a_baseline_that_prepares_too_long_costs_only_later_baselines():
 
 def test_turns_alternate():
     order = []
-    backends = dict(zip("abc", ["reference", "auto", "cuda"]))
+    backends = dict(zip("abc", ["cpu", "auto", "cuda"]))
     calls = {n: (b, lambda n=n: order.append((n, pruneops.backends._forced.get()))) for n, b in backends.items()}
     times = harness.take_turns(calls, machine.Clock(CPU), 0)
     assert order == list(backends.items()) * harness.MIN_TURNS
     assert all(len(t) == harness.MIN_TURNS for t in times.values())
+
+
+def test_slow_implementations_leave_turns_to_the_others(monkeypatch):
+    """No more than their share of the seconds; the reference one turn, all others the fewest at least."""
+    now = [0.0]
+    monkeypatch.setattr(harness, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def clock(seconds):
+        now[0] += seconds
+        return seconds
+
+    calls = {"reference": ("reference", 3.0), "slow": ("auto", 0.5), "slower": ("auto", 2.0), "quick": ("cuda", 0.01)}
+
+    def turns(seconds):
+        return [len(own) for own in harness.take_turns(calls, clock, seconds).values()]
+
+    *slow, quick = turns(12)
+    assert slow == [1, 5, harness.MIN_TURNS] and quick > 40
+    assert turns(101) == [8, 50, 12, harness.MAX_TURNS]
+    assert harness.summary([2.0], 1.0)["p20_s"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -481,7 +574,7 @@ def test_captured_baselines_hold_all_that_they_close_over(name, no_graphs, monke
     captured = 0
     for case in cases:
         for label, each in OPERATORS[name].baselines.items():
-            if label == "flex":  # is not captured
+            if label == "flex" or each.package or not each.applies(case):  # is not captured, may not be here
                 continue
             replay = each.prepare(case, OPERATORS[name].arguments(case, CPU))
             if held:
@@ -559,7 +652,8 @@ def test_backends_of_all_cases_come_first_and_what_compiles_last(monkeypatch, tm
     monkeypatch.setattr(registry, "operator", lambda name: operator)
     monkeypatch.setattr(guard.Worker, "progress", lambda self, *at: progress.append(at))
     out = tmp_path / "run.json"
-    assert command.main([*CHEAP, "--seconds", "4", "--backends-first", "--out", str(out)]) == 0
+    options = ["--baselines", "all", "--seconds", "4", "--backends-first", "--out", str(out)]
+    assert command.main([*CHEAP, *options]) == 0
     document = json.loads(out.read_text())
     assert document["complete"] and [case["phase"] for case in document["cases"]] == [2, 2, 2]
     found = [{entry["name"]: entry for entry in case["implementations"]} for case in document["cases"]]
@@ -700,8 +794,14 @@ def test_crashes_of_a_real_benchmark(tmp_path, monkeypatch, capsys):
     )
     run = SimpleNamespace(document={"operators": {}}, cases="tiny", device=CPU)
     record = functools.partial(run.document["operators"].__setitem__, "kcenter")
-    supervisor = guard.Supervisor([sys.executable, script, *CHEAP, "--backends-first"], tmp_path, record)
-    assert stages.operator("kcenter", supervisor, run, 120) == ("passed", "1 of 1 cases", {})
+    options = ["--baselines", "all", "--backends-first", "--rates", tmp_path / "rates"]
+    supervisor = guard.Supervisor([sys.executable, script, *CHEAP, *options], tmp_path, record)
+    with guard.stopped_at_the_end([supervisor]):
+        assert stages.operator("kcenter", supervisor, run, 120, last_phase=0) == ("passed", "1 of 1 cases", {})
+        (case,), worker = run.document["operators"]["kcenter"]["cases"], supervisor.process
+        assert [entry["status"] for entry in case["implementations"]] == ["ok"] + ["skipped"] * 4 and not worker.wait(0)
+        assert stages.operator("kcenter", supervisor, run, 120) == ("passed", "1 of 1 cases", {})
+    assert supervisor.process is None and json.loads((tmp_path / "rates").read_text())
     (case,) = run.document["operators"]["kcenter"]["cases"]
     entries = {entry["name"]: entry for entry in case["implementations"]}
     assert entries["aborts"]["status"] == entries["dies"]["status"] == "crashed"
@@ -729,7 +829,8 @@ def test_gpu_rehearsal(tmp_path, monkeypatch, capsys):
     status, document = rehearse(tmp_path, "--operators", "attention_received", "--soak", "1")
     found = {stage["name"]: (stage["status"], stage["message"]) for stage in document["stages"]}
     assert status == 0 and document["complete"], found
-    names = "build", "compile ahead", "tests", "small shapes", "soak", "benchmark attention_received"
+    names = ["build", "compile ahead", "tests", "small shapes", "soak"]
+    names += ["benchmark attention_received", "baselines attention_received"]
     assert all(found.pop(name)[0] == "passed" for name in names)
     assert set(found) == set(stages.TOOLS) and {status for status, _ in found.values()} == {"skipped"}
     (path,) = tmp_path.glob("*.md")
@@ -790,7 +891,7 @@ def test_gpu_record_is_written_after_every_step(tmp_path, monkeypatch, capsys):
         seen.append([stage["name"] for stage in document["stages"] if stage["status"] == "passed"])
         return "passed", "", {}
 
-    def operator(name, supervisor, run, limit):
+    def operator(name, supervisor, run, limit, last_phase):
         supervisor.record({"baselines": [], "cases": [{"name": "known"}] if len(seen) % 2 else []})
         return look()
 
@@ -836,21 +937,33 @@ def test_gpu_interruption_leaves_a_whole_record(tmp_path, monkeypatch, capsys):
 
 
 def test_gpu_operators_share_the_time_those_with_goals_first(tmp_path, monkeypatch, capsys):
-    limits = {}
+    passes = {0: {}, command.LAST_PHASE: {}}
 
-    def operator(name, supervisor, run, limit):
-        limits[name] = limit
+    def operator(name, supervisor, run, limit, last_phase):
+        passes[last_phase][name] = limit
+        assert last_phase == 0 or len(passes[0]) == len(OPERATORS)
         return "passed", "", {}
 
     monkeypatch.setattr(stages, "operator", operator)
     monkeypatch.setattr(stages, "compile_ahead", idle)
     monkeypatch.setattr(guard.Supervisor, "start", lambda self: None)
     assert rehearse(tmp_path, "--stages", "operators", "--seconds", "100")[0] == 0
-    assert set(limits) == set(OPERATORS)
-    assert list(limits)[:4] == ["kcenter", "attention_mass", "exclusive_bottomk", "kv_compact"]
     shares = {name: operator.gpu_time_share for name, operator in OPERATORS.items()}
-    assert limits["kcenter"] == pytest.approx(99 * shares["kcenter"] / sum(shares.values()), abs=1)
-    assert list(limits.values())[-1] == pytest.approx(99, abs=3)  # all that the others left
+    counts = {name: len(operator.sets["cpu"]["tiny"]) for name, operator in OPERATORS.items()}
+    for limits, weights in zip(passes.values(), (counts, shares)):
+        assert set(limits) == set(OPERATORS)
+        assert list(limits)[:4] == ["kcenter", "attention_mass", "exclusive_bottomk", "kv_compact"]
+        assert limits["kcenter"] == pytest.approx(99 * weights["kcenter"] / sum(weights.values()), abs=1)
+        assert list(limits.values())[-1] == pytest.approx(99, abs=3)  # all that the others left
+
+
+def test_gpu_times_some_backends_alone(tmp_path, capsys):
+    """Without baselines, and without compiling what others need."""
+    options = ["--stages", "operators", "--operators", "attention_received", "--backends", "cpu"]
+    status, document = rehearse(tmp_path, *options)
+    assert status == 0 and [stage["name"] for stage in document["stages"]] == ["benchmark attention_received"]
+    cases = document["operators"]["attention_received"]["cases"]
+    assert [[entry["name"] for entry in case["implementations"]] for case in cases] == [["cpu"], ["cpu"]]
 
 
 def test_a_process_is_ended_with_all_that_it_started():
@@ -881,6 +994,69 @@ def test_tests_that_run_out_of_time_leave_what_they_found(monkeypatch):
     status, message, details = stages.tests(SimpleNamespace(device=CPU), 10)
     assert status == "failed" and message == "out of time after 1 passed, 1 failed, 2 error, 1 skipped"
     assert details["bad"] == ["b", "d", "e"] and details["slowest"][0] == ["b", 7.0]
+
+
+def test_gpu_tests_are_in_the_files_that_are_run():
+    """Other files have no test marked gpu."""
+    marks = re.compile(r"@(pytest.mark.gpu|every_backend|every_kernel|on_targets|CUDA_KERNELS)|marks=.*mark\.gpu")
+    marked = {
+        str(path.relative_to(ROOT)) for path in Path(ROOT, "tests").rglob("test_*.py") if marks.search(path.read_text())
+    }
+    assert all(name.startswith(stages.GPU_TESTS) for name in marked), marked
+    assert all((ROOT / name).exists() for name in stages.GPU_TESTS)
+
+
+def test_tests_of_native_kernels_come_first(tmp_path, monkeypatch):
+    """Through pytest-xdist too; what was cut off shows in the counts."""
+    (tmp_path / "test_own.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('i', range(9))\n"
+        "@pytest.mark.parametrize('target', ['reference-cuda', 'triton-cuda', 'cuda-cuda', 'b'])\n"
+        "def test_a(target, i): pass\n"
+    )
+    for name, options in {"alone": [], "together": ["-n", "2", "--dist", "load", "--maxschedchunk", "1"]}.items():
+        monkeypatch.setenv("PRUNEOPS_TALLY", str(tmp_path / name))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.tally", "-p", "no:cacheprovider", *options]
+        done = subprocess.run(
+            [*command, "--rootdir", tmp_path, tmp_path / "test_own.py"], cwd=ROOT, capture_output=True
+        )
+        assert done.returncode == 0, done.stdout
+        found = tally.read(tmp_path / name)
+        assert found["kinds"] == {kind: [9, 9] for kind in tally.KINDS} and found["counts"]["passed"] == 36
+        first, *lines = (tmp_path / name).read_text().splitlines()
+        order = [tally.kind(json.loads(line)["test"]) for line in lines]
+        assert "reference" not in order[:18] and "cuda" not in order[18:]
+    (tmp_path / "cut").write_text("\n".join([first, *lines[:2]]))
+    assert sum(ended for ended, _ in tally.read(tmp_path / "cut")["kinds"].values()) == 2
+
+
+def test_compile_ahead_compiles_a_slice(monkeypatch, capsys):
+    """Kernels and baselines, each by one process; what fails is named."""
+    compiled = []
+
+    def kernel(name):
+        def compile(spec, target):
+            compiled.append((name, spec, target.arch))
+            if spec == ("bad",):
+                raise RuntimeError("no such type\nand more")
+
+        return SimpleNamespace(__name__=name, compile=compile)
+
+    pairs = [(kernel("a"), ("x", torch.float32)), (kernel("b"), ("bad",)), (kernel("c"), ())]
+    monkeypatch.setattr(compile_ahead, "specializations", lambda: pairs)
+    monkeypatch.setattr(compile_ahead, "REHEARSED", 3)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    for i in range(2):
+        assert compile_ahead.main(["--device", "cpu", "--slice", f"{i}/2"]) == 0
+    assert [arch for *_, arch in compiled] == [90] * 3
+    assert capsys.readouterr().out.splitlines() == [
+        "compiled: a-x-float32: ok", "compiled: c: ok", "compiled: b-bad: RuntimeError: no such type",
+    ]  # fmt: skip
+    found = list(compile_ahead.compiled_baselines(["kcenter", "kv_compact"], "tiny", CPU))
+    assert {(operator.name, name) for operator, _, name in found} == {
+        ("kcenter", "compiled"),
+        ("kv_compact", "compiled"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -948,31 +1124,102 @@ def full_record():
     names = ("build", "compile ahead", "tests", "small shapes", *stages.TOOLS, "soak")
     found = [{"name": name, "status": "failed", "message": f"{name} " + 200 * "y", "seconds": 1.0} for name in names]
     found += [{"name": f"benchmark {name}", "status": "passed", "message": "", "seconds": 1.0} for name in operators]
+    found += [{"name": f"baselines {name}", "status": "passed", "message": "", "seconds": 2.0} for name in operators]
+    expected = {name: [case["name"] for case in known["cases"]] for name, known in operators.items()}
     found[2]["bad"] = [f"tests/ops/test_kcenter.py::test_number_{i}[{200 * 'z'}]" for i in range(40)]
     return {"device": "H100", "date": "2026-11-27T00:00:00", "commit": None, "dirty": True, "seconds": 299.0,
-            "stages": found, "operators": operators, "complete": False}  # fmt: skip
+            "stages": found, "expected": expected, "operators": operators, "complete": False}  # fmt: skip
 
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_summary_has_at_most_60_lines(copies, tmp_path):
     document = full_record()
-    for known in document["operators"].values():
-        known["cases"] *= copies
+    for known in document["expected"].values():
+        known *= copies
     lines = summary.lines(document, tmp_path / "record.json")
     assert len(lines) <= 60 and max(map(len, lines)) <= summary.WIDTH
     assert lines[0].startswith("H100") and lines[-1].startswith("record: ")
     assert "INCOMPLETE: the run did not end" in lines
     text = "\n".join(lines)
-    assert text.count("failed: tests/ops") == 3 and "failed: 37 more" in text
+    (sanitizers,) = [line for line in lines if line.startswith("sanitize: ")]
+    assert all(f"{name} failed {name}" in sanitizers for name in summary.SANITIZERS)
+    assert text.count("failed: tests/ops") == summary.MAX_TESTS and "failed: 38 more" in text
     assert ("more cases" in text) == (copies > 1)
     hosts = "triton 70.0 us (limit 60 us MISSED), cuda 20.0 us (limit 45 us met)"
-    assert f"benchmark kcenter: passed (1.0 s); host at most: {hosts}" in text
+    assert f"benchmark kcenter: passed (1.0 s); baselines passed (2.0 s); host at most: {hosts}" in text
     first = next(line for line in lines if "b1-n576-d1024-bfloat16" in line)
     expected = "cuda 800 us, 2 % of roofline, 2.50x faster than loop, host 20.0 us; baseline 0 crashed: SIGABRT"
     assert expected in first
     if copies == 1:
         cases = sum(len(known["cases"]) for known in document["operators"].values())
         assert sum(line.startswith("  ") for line in lines) == cases
+
+
+def test_summary_names_cases_that_were_not_reached(tmp_path):
+    document = full_record()
+    del document["operators"]["kcenter"]["cases"][1:], document["operators"]["gather_tokens"]
+    lines = summary.lines(document, tmp_path / "record.json")
+    for name in [*document["expected"]["kcenter"][1:], *document["expected"]["gather_tokens"]]:
+        assert f"  {name}: not reached" in lines
+
+
+@pytest.fixture
+def tuned_library(tmp_path, monkeypatch):
+    """csrc/cuda/tuning.cu with every declared parameter, alone in a library."""
+    names = native_spaces.declarations()
+    source = "".join(f'inline pruneops::Tuned t{i}{{"{name}", {i}}};\n' for i, name in enumerate(names))
+    path = tmp_path / "tuned.cpp"
+    path.write_text('#include "cuda/tuning.cu"\n' + source)
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden"]
+    subprocess.run([*compiler, f"-I{ROOT / 'csrc'}", path, "-o", tmp_path / "tuned.so"], check=True)
+    library = ctypes.CDLL(str(tmp_path / "tuned.so"))
+    monkeypatch.setattr(native_spaces, "_library", lambda: library)
+    return dict(zip(names, itertools.count()))
+
+
+def test_launch_parameters_of_native_kernels(tuned_library):
+    """Every declared parameter is swept, in a case that its operator has; sweeping one leaves it as it was."""
+    swept = set()
+    for space in native_spaces.SPACES:
+        assert [case.name for case in OPERATORS[space.operator].select(space.case, CUDA)] == [space.case]
+        assert 2 <= len(space.candidates) == len({tune.label(config) for config in space.candidates}) <= 12
+        target, config = space.target, space.candidates[-1]
+        now = target.current()
+        swept |= set(now)
+        assert now == {name: tuned_library[name] for name in config}
+        with tune.override(target, config) as used:
+            assert target.current() == config and used
+        assert target.current() == now
+        lines = target.text(config).splitlines()
+        assert [re.sub(r".*, (\d+)};", r"\1", line) for line in lines] == [str(value) for value in config.values()]
+        for line in lines:
+            path, number, text = line.split(":", 2)
+            start = text.strip().partition(",")[0]
+            assert start in (ROOT / path).read_text().splitlines()[int(number) - 1] and path in target.place
+    assert swept == set(tuned_library)
+    with pytest.raises(KeyError, match="no launch parameter 'nonesuch'"):
+        native_spaces.tune("nonesuch")
+
+
+def test_sweep_of_a_launch_parameter(tuned_library, monkeypatch, capsys):
+    """The operator sees it; afterwards it is as before. A parameter that the library lacks costs its space alone."""
+    seen, (name, *_) = [], tuned_library
+
+    def call(arguments):
+        seen.append(native_spaces.tune(name))
+        return KCENTER.call(arguments)
+
+    monkeypatch.setattr(native_spaces.Native, "backend", "reference")
+    target, operator = native_spaces.Native((name,)), dataclasses.replace(KCENTER, call=call)
+    arguments, before = operator.arguments(TINY, CPU), native_spaces.tune(name)
+    for config in (None, {name: 77}):
+        entry, timed = tune.measure(target, config, operator, TINY, arguments, machine.Clock(CPU), CPU)
+        assert entry["status"] == "ok" and timed and set(seen) == {before if config is None else 77}
+        seen.clear()
+    assert native_spaces.tune(name) == before
+    space = spaces.Space("a space", native_spaces.Native(("nonesuch",)), "kcenter", TINY.name, ({"nonesuch": 1},))
+    assert "has no launch parameter 'nonesuch'" in tune.problem(space, CUDA)
+    assert tune.problem(space, CPU) == "" and capsys.readouterr().out.startswith("tune: a space: ")
 
 
 @pytest.mark.parametrize("space", spaces.SPACES, ids=lambda space: space.name)

@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
+try:
+    from torch.nn.attention.flex_attention import AuxRequest
+except ImportError:  # before PyTorch 2.9
+    AuxRequest = None
+
 
 def probabilities(query, key, mask):
     """[B, H, rows, Sk]."""
@@ -34,10 +39,17 @@ def one_hot(query, key, from_group, value, mask, causal):
     return from_group @ shares[..., : from_group.shape[2]]
 
 
-def flex(query, key, from_group, value, block_mask):
-    """Mass, from flex_attention with the groups of the keys in place of values."""
-    shares = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
-    return from_group @ shares[..., : from_group.shape[2]]
+def flex(query, key, from_group, value, block_mask, with_lse):
+    """Mass, from flex_attention with the groups of the keys in place of values; and lse, its auxiliary output."""
+    options = {"block_mask": block_mask, "enable_gqa": True}
+    if not with_lse:
+        return from_group @ flex_attention(query, key, value, **options)[..., : from_group.shape[2]]
+    if AuxRequest is None:
+        shares, lse = flex_attention(query, key, value, return_lse=True, **options)
+    else:
+        shares, auxiliary = flex_attention(query, key, value, return_aux=AuxRequest(lse=True), **options)
+        lse = auxiliary.lse
+    return from_group @ shares[..., : from_group.shape[2]], lse
 
 
 def forward(query, key, causal):

@@ -238,7 +238,8 @@ def _prepare_flex(case, arguments):
             lambda b, h, i, j: j <= i + first, None, None, query.shape[2], key.shape[2], device=query.device
         )
     function = compiled(baselines.flex, dynamic=False)
-    return lambda: function(query, key, from_group, value, block_mask)
+    with_lse = not case.sizes["lse"] and case.sizes["rows"] == case.sizes["Sq"]
+    return lambda: function(query, key, from_group, value, block_mask, with_lse)
 
 
 _ONE_HOT = Baseline(_prepare_one_hot, fused_seconds)

@@ -1,4 +1,4 @@
-"""Greedy k-center: cases, cost model, check of a result, baselines.
+"""Greedy k-center, by cosines or Euclidean distances: cases, cost model, check of a result, baselines.
 
 Minimum cost of a case: x read once, indices and radii written once; the dot product of every chosen token with every
 token, 2 B N k D operations (the norms are 2 B N D more, not counted).
@@ -17,16 +17,19 @@ from ..harness import compiled
 from ..registry import Baseline, Cost
 
 GPU_TIME_SHARE = 5
+FIRST = 7  # token of an image that is chosen first
 
 
-def _batched(B, N, D, dtype):
-    return common.case("b{B}-n{N}-d{D}", "B {B} N {N} D {D} k {k}", dtype, B=B, N=N, D=D, k=round(common.KEEP * N))
+def _batched(B, N, D, dtype, metric="cosine"):
+    name, shape = ("euclidean-", "euclidean, ") if metric == "euclidean" else ("", "")
+    sizes = {"B": B, "N": N, "D": D, "k": round(common.KEEP * N), "metric": metric}
+    return common.case(f"{name}b{{B}}-n{{N}}-d{{D}}", f"{shape}B {{B}} N {{N}} D {{D}} k {{k}}", dtype, **sizes)
 
 
 def _varlen(D, dtype):
     ks = [round(common.KEEP * n) for n in common.VARLEN]
     shape = f"{len(ks)} images T {sum(common.VARLEN)} D {D} k {sum(ks)}"
-    return common.case("varlen-d{D}", shape, dtype, lengths=list(common.VARLEN), D=D, ks=ks)
+    return common.case("varlen-d{D}", shape, dtype, lengths=list(common.VARLEN), D=D, ks=ks, metric="cosine")
 
 
 CASES = (
@@ -36,13 +39,16 @@ CASES = (
         for N, B, D, dtype in itertools.product((576, 2880, 9216, 23328), (1, 8), (1024, 4096), common.DTYPES)
     ),
     *(_varlen(D, dtype) for D, dtype in itertools.product((1024, 4096), common.DTYPES)),
+    _batched(1, 96, 64, torch.float32, "euclidean"),
+    *(_batched(1, 2880, D, dtype, "euclidean") for D, dtype in itertools.product((1024, 4096), common.DTYPES)),
 )
 SETS = {
     "cpu": common.case_sets(
         CASES,
         tiny=1,
         quick="b1-n576-d1024-float32 b1-n576-d4096-float32 b8-n576-d1024-float32 b1-n2880-d1024-float32 "
-        "b1-n2880-d4096-float32 varlen-d1024-float32",
+        "b1-n2880-d4096-float32 varlen-d1024-float32 euclidean-b1-n2880-d1024-float32",
+        goals="b1-n2880-d4096-bfloat16 b1-n576-d1024-bfloat16 b1-n2880-d4096-float32 euclidean-b1-n2880-d1024-float32",
         full=common.small_on_cpu,
     ),
     "cuda": common.case_sets(
@@ -50,7 +56,7 @@ SETS = {
         tiny=1,
         quick="b1-n576-d1024-bfloat16 b1-n2880-d4096-bfloat16 varlen-d1024-bfloat16",
         goals="b1-n576-d1024-bfloat16 b1-n2880-d4096-bfloat16 b1-n2880-d4096-float32 b8-n2880-d4096-bfloat16 "
-        "b1-n9216-d4096-bfloat16 b1-n23328-d4096-bfloat16 varlen-d4096-bfloat16",
+        "b1-n9216-d4096-bfloat16 b1-n23328-d4096-bfloat16 varlen-d4096-bfloat16 euclidean-b1-n2880-d4096-bfloat16",
         full=common.every,
     ),
 }
@@ -61,8 +67,9 @@ def arguments(case, device):
     sizes, x = case.sizes, common.image_tokens(case, torch.Generator(device).manual_seed(0))
     if "ks" in sizes:
         starts = torch.tensor(common.offsets(case), device=device)
-        return {"x": x, "cu_seqlens": starts, "ks": sizes["ks"], "seeds": starts[:-1, None] + 7}
-    return {"x": x, "k": sizes["k"], "seeds": torch.full((sizes["B"], 1), 7, device=device)}
+        return {"x": x, "cu_seqlens": starts, "ks": sizes["ks"], "seeds": starts[:-1, None] + FIRST}
+    options = {"metric": "euclidean"} if _is_euclidean(case) else {}
+    return {"x": x, "k": sizes["k"], "seeds": torch.full((sizes["B"], 1), FIRST, device=device), **options}
 
 
 def call(arguments):
@@ -92,17 +99,39 @@ def check(case, arguments, result, expected, precision):
                 return common.wrong("not k different tokens")
             if chosen[0] != pivot:
                 return common.wrong("does not begin with the pivot")
-            unit = torch.nn.functional.normalize(image.double(), dim=-1)
-            nearest = (unit @ unit[chosen].T).cummax(1).values[:, :-1]  # [N, k - 1]: after 1, 2, .. choices
+            similarities = _similarities(case, image, chosen)
+            nearest = similarities.cummax(1).values[:, :-1]  # [N, k - 1]: after 1, 2, .. choices
             similarity = nearest[chosen[1:]].diagonal()
             excess = max(excess, float((similarity - nearest.amin(0)).amax()))
             if radii is not None:
-                error = flat_radii[place + 1 : place + k] - (1 - similarity).clamp(min=0)
+                stated = flat_radii[place + 1 : place + k]
+                if _is_euclidean(case):
+                    error = stated.double().square() / _scale(image) + similarity
+                else:
+                    error = stated - (1 - similarity).clamp(min=0)
                 radii_error = max(radii_error, float(error.abs().nan_to_num(torch.inf).amax()))
             place += k
     numbers = {"excess": excess, "radii_max_diff": None if radii is None else radii_error}
     truth = None if expected is None else expected.indices.reshape(-1)
     return common.check_choices(max(excess, radii_error), common.TOLERANCE[precision], flat, truth, **numbers)
+
+
+def _is_euclidean(case):
+    return case.sizes["metric"] == "euclidean"
+
+
+def _similarities(case, image, chosen):
+    """[N, k] in float64; minus squared distances are in units of their largest term."""
+    x = image.double()
+    if not _is_euclidean(case):
+        x = torch.nn.functional.normalize(x, dim=-1)
+        return x @ x[chosen].T
+    square = x.square().sum(-1)
+    return (2 * (x @ x[chosen].T) - square[:, None] - square[chosen]) / _scale(image)
+
+
+def _scale(image):
+    return 4 * image.double().square().sum(-1).amax()
 
 
 def _sizes(case):
@@ -145,8 +174,17 @@ def _n_by_n_seconds(case, rates):
 
 def _prepare(function):
     def prepare(case, arguments):
-        blocks = images(case, arguments)
-        return lambda: torch.cat([(function(x, k, pivots) + start).reshape(-1) for start, x, k, pivots in blocks])
+        blocks, options = images(case, arguments), {"metric": "euclidean"} if _is_euclidean(case) else {}
+        return lambda: torch.cat([
+            (function(x, k, pivots, **options) + start).reshape(-1) for start, x, k, pivots in blocks
+        ])  # fmt: skip
+
+    return prepare
+
+
+def _prepare_quickfps(bucketed):
+    def prepare(case, arguments):
+        return lambda: baselines.quickfps(arguments["x"], arguments["k"], FIRST, bucketed).reshape(-1)
 
     return prepare
 
@@ -162,5 +200,11 @@ BASELINES = {
     "loop_item": Baseline(_prepare(baselines.loop_item), _item_seconds),
     "compiled": Baseline(_prepare_compiled, _loop_seconds, compiles=True),
     "graph": common.captured(_LOOP),
-    "n_by_n": Baseline(_prepare(baselines.n_by_n), _n_by_n_seconds),
-}
+    "n_by_n": Baseline(_prepare(baselines.n_by_n), _n_by_n_seconds, applies=lambda case: not _is_euclidean(case)),
+    "quickfps": Baseline(
+        _prepare_quickfps(True), _loop_seconds, package="torch_quickfps", applies=_is_euclidean,
+    ),
+    "quickfps plain": Baseline(
+        _prepare_quickfps(False), _loop_seconds, package="torch_quickfps", applies=_is_euclidean,
+    ),
+}  # fmt: skip

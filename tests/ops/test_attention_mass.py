@@ -471,10 +471,10 @@ def test_triton_layouts_share_a_spec():
 
 
 def test_triton_memory():
-    """Floats: G + 2 a row; integers: one a query and one a block of keys. In decode far less than the keys."""
+    """Floats: G + 2 a row; integers: two a query and two a block of keys. In decode far less than the keys."""
     call = "kernels.attention_mass(query, key, query_group, key_group, 3, True, 1.0, None)"
     prefill, decode = triton_memory("attention_mass", call)
-    assert prefill < 4 * (5 * 8 * 20000 + 20000 + 20000 / 16)
+    assert prefill < 4 * (5 * 8 * 20000 + 2 * 20000 + 2 * 20000 / 16)
     assert decode < 1e6
 
 

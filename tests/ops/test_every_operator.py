@@ -47,17 +47,26 @@ def test_small_calls(target, operator):
 
 @pytest.mark.skipif(bool(NATIVE.problem), reason=f"{NATIVE}: {NATIVE.problem}")
 def test_sanitize(monkeypatch, capsys):
-    """A line for every call; the status tells wrong results, exceptions, and that nothing can run."""
-    calls = {"kcenter": [("one", lambda device: True), ("two", lambda device: False)], "kv_compact": [("three", None)]}
+    """A line for every call, few tokens first; the status tells wrong results, exceptions, that nothing can run."""
+    calls = {
+        "kcenter": [("N 9 one", lambda device: True), ("two", lambda device: False)],
+        "kv_compact": [("N 3", None)],
+    }
     monkeypatch.setattr(specs, "NAMES", list(calls))
     monkeypatch.setattr(specs, "spec", lambda name: type("Spec", (), {"small_calls": lambda: calls[name]}))
     assert sanitize.main(["--device", "cpu"]) == 1
-    ok, wrong, error = capsys.readouterr().out.splitlines()
-    assert (ok, wrong) == ("sanitize: kcenter cpu one: ok", "sanitize: kcenter cpu two: WRONG")
-    assert error.startswith("sanitize: kv_compact cpu: TypeError: ")
+    count, wrong, error, ok = capsys.readouterr().out.splitlines()
+    assert (count, wrong, ok) == (
+        "sanitize: 3 calls", "sanitize: kcenter cpu two: WRONG", "sanitize: kcenter cpu N 9 one: ok",
+    )  # fmt: skip
+    assert error.startswith("sanitize: kv_compact cpu N 3: TypeError: ")
+    calls["kcenter"].pop()
+    assert sanitize.main(["--device", "cpu", "--backends", "reference", "--max-tokens", "8"]) == 1
+    assert capsys.readouterr().out.startswith("sanitize: 1 calls\nsanitize: kv_compact reference N 3: TypeError: ")
     calls.clear()
     monkeypatch.setattr(specs, "NAMES", [])
     assert sanitize.main(["--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "sanitize: 0 calls\n"
     monkeypatch.setattr(sanitize.backends, "why_not", lambda name, device: "not built")
     assert sanitize.main(["--device", "cpu"]) == 2
     assert capsys.readouterr().out == "sanitize: cpu not run: not built\n"

@@ -31,14 +31,15 @@ class ContextLost(Exception):
 
 
 class Trial(NamedTuple):
-    """One random call."""
+    """One random call; without `large` no call of the few large ones is drawn."""
 
     seed: int
     operator: str
     backend: str
+    large: bool = True
 
     def __str__(self):
-        return ":".join(map(str, self))
+        return ":".join(map(str, self[:3]))
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,20 +56,22 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; 0 by default")
     parser.add_argument("--operators", help="a,b: these alone")
     parser.add_argument("--backends", help="a,b: these alone")
+    parser.add_argument("--no-large", dest="large", action="store_false", help="only trials that take milliseconds")
     parser.add_argument("--trial", metavar="SEED:OPERATOR:BACKEND", help="one trial, as a finding gives it")
     options = parser.parse_args(argv)
     try:
         if options.trial:
-            trials, seconds = [parse_trial(options.trial, options.device)], float("inf")
+            trials, seconds = [parse_trial(options.trial, options.device)._replace(large=options.large)], float("inf")
         else:
-            trials, seconds = round_robin(runnable(options), options.seed), options.seconds
+            trials, seconds = round_robin(runnable(options), options.seed, options.large), options.seconds
     except ValueError as error:
         parser.error(str(error))
     return run(trials, seconds, options.device)
 
 
 def runnable(options):
-    """(operator, backend) of all that are requested and can run; ValueError if there is none."""
+    """(operator, backend) of all that are requested and can run, the operators of a backend one after the other;
+    ValueError if there is none."""
     operators, names = (
         known_names(options.operators, SOAKS, "operator"),
         known_names(options.backends, backends.BACKENDS, "backend"),
@@ -77,7 +80,11 @@ def runnable(options):
         raise ValueError("PyTorch sees no GPU")
     reasons = {name: backends.why_not(name, options.device) for name in names}
     found = [
-        (operator, name) for operator in operators for name in OPERATORS[operator] if reasons.get(name, "") is None
+        (operator, name)
+        for name in names
+        if reasons[name] is None
+        for operator in operators
+        if name in OPERATORS[operator]
     ]
     if not found:
         reasons = "; ".join(f"{name}: {reason or 'none of the operators has it'}" for name, reason in reasons.items())
@@ -102,9 +109,9 @@ def parse_trial(text, device):
     return Trial(int(seed), *runnable(options)[0])
 
 
-def round_robin(pairs, seed):
+def round_robin(pairs, seed, large):
     for number, pair in enumerate(itertools.cycle(pairs)):
-        yield Trial((seed * 1_000_003 + number) % 2**32, *pair)  # PyTorch's generator has 32 bits of seed
+        yield Trial((seed * 1_000_003 + number) % 2**32, *pair, large)  # PyTorch's generator has 32 bits of seed
 
 
 def run(trials, seconds, device):
@@ -155,14 +162,15 @@ def progress(seconds):
 
 def finding(trial, device, shapes, problem):
     interpreter = "TRITON_INTERPRET=1 " if (trial.backend, device) == ("triton", "cpu") else ""
-    repeat = f"{interpreter}python -m tests.soak --device {device} --trial {trial}"
+    repeat = f"{interpreter}python -m tests.soak --device {device}{' --no-large' * (not trial.large)} --trial {trial}"
     return f"soak: WRONG {trial.operator} {trial.backend} ({shapes}): {' '.join(problem.split())}; {repeat}"
 
 
 def run_trial(trial, device):
     """(None or what is wrong, description of the arguments) of one trial."""
     soak = SOAKS[trial.operator]
-    call = soak.draw(Random(trial.seed, interpreted=(trial.backend, device) == ("triton", "cpu")))
+    interpreted = (trial.backend, device) == ("triton", "cpu")
+    call = soak.draw(Random(trial.seed, interpreted, trial.large))
     try:
         return check(trial, soak, call, device), describe(call)
     except (Exception, SystemExit) as error:

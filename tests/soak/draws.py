@@ -38,10 +38,10 @@ class Soak(NamedTuple):
 class Random:
     """A trial's random choices, from one seed; small sizes under Triton's interpreter, a few large ones otherwise."""
 
-    def __init__(self, seed, interpreted=False):
+    def __init__(self, seed, interpreted=False, large=True):
         self.generator = torch.Generator().manual_seed(seed)
         self.interpreted = interpreted
-        self.large = self.chance(0.04) and not interpreted
+        self.large = self.chance(0.04) and large and not interpreted
 
     def between(self, low, high):
         return int(torch.randint(low, high + 1, (), generator=self.generator))

@@ -134,5 +134,5 @@ def triton_launches():
 
 
 # Launches: lists in prefill; sums and their end. Kernels: prefill or decode, with lse and without; causal and not for
-# the sums; an end that does not ask for lse in prefill.
-LAUNCHES = 2 * 4 * (4 * 3 + 3 * 2), 1 + 8 + 3
+# the sums.
+LAUNCHES = 2 * 4 * (4 * 3 + 3 * 2), 2 + 8 + 4
