@@ -149,14 +149,15 @@ void run_gram(const Tokens<T>& x, const Tensor& tensor, int64_t k, const SeedsAn
 
 inline Tuned rounds_candidates{"kcenter_candidates", 240};
 inline Tuned rounds_block_tokens{"kcenter_block_tokens", 16};  // at least, of a block of a group
-inline Tuned rounds_prefetch{"kcenter_prefetch_kb", 192};      // of x by a block, while greedy steps run
-inline Tuned rounds_bulk{"kcenter_bulk", 1};                   // bulk copies instead of cp.async
+inline Tuned rounds_resident{"kcenter_resident", 40};          // percent of L2 for x that stays from round to round
+inline Tuned rounds_prefetch{"kcenter_prefetch", 32};          // percent of L2 for x fetched while greedy steps run
+inline Tuned rounds_bulk{"kcenter_bulk", 0};                   // bulk copies instead of cp.async
 
 // Candidates of a round: 4 sqrt(N), as many as shared memory takes.
 int max_candidates(int64_t tokens, int64_t work_bytes) {
   auto count = static_cast<int>(std::sqrt(static_cast<double>(tokens)) / 4) * 16;
-  count = std::clamp(count, 64, std::min(rounds_candidates.value, kMaxCandidates));
-  while (triangle(count) * 4 > work_bytes) --count;
+  count = std::min({std::max(count, 64), std::max(rounds_candidates.value, 1), kMaxCandidates});
+  while (4 * triangle(count) + 16 > work_bytes) --count;
   return count;
 }
 
@@ -169,8 +170,14 @@ void run_rounds(RoundsParams<T> p, const Tensor& tensor, int64_t total_tokens, i
   p.blocks = static_cast<int>(std::clamp<int64_t>(tokens / rounds_block_tokens.value, 1, blocks / p.groups));
   p.work_bytes = shared_bytes - static_cast<int>(sizeof(RoundsShared));
   p.max_candidates = max_candidates(tokens, p.work_bytes);
-  p.prefetch_bytes = rounds_prefetch.value * 1024;
   p.bulk = rounds_bulk.value && has_clusters();
+  const int64_t l2_bytes = device_attribute(cudaDevAttrL2CacheSize), row_bytes = p.x.width * int64_t(sizeof(T));
+  const auto slices = [&](const Tuned& percent) {  // of each token
+    return static_cast<int>(l2_bytes * percent.value / 100 / std::max<int64_t>(total_tokens, 1) / kSliceBytes);
+  };
+  const bool all_stays = total_tokens * row_bytes <= l2_bytes * 4 / 5;
+  p.resident_slices = all_stays ? static_cast<int>(row_bytes / kSliceBytes) + 1 : slices(rounds_resident);
+  p.prefetch_slices = slices(rounds_prefetch);
   const int64_t gram = int64_t(p.groups) * p.gram_pitch(p.max_candidates), arrivals = p.groups * kBarrierPitch;
   const int64_t padded = padded_tokens(total_tokens, p.rows);
   const Tensor memory = workspace(tensor, gram + arrivals + 2 * padded);

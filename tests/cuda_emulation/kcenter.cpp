@@ -73,7 +73,7 @@ void run(const Call& c) {
   p.blocks = c.blocks;
   p.max_candidates = c.candidates;
   p.work_bytes = c.work_kb * 1024;
-  p.prefetch_bytes = 8192;
+  p.resident_slices = p.prefetch_slices = 1;
   p.bulk = c.bulk;
   launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared) + p.work_bytes, 1, kcenter_rounds<T>, p);
 }
