@@ -64,19 +64,19 @@ __global__ void __launch_bounds__(kThreads, ALIGNED && sizeof(T) == 2 ? kGramBlo
   const int64_t b = blockIdx.x / tiles;
   int tile_row = 0, tile_col = blockIdx.x % tiles;
   while (tile_col > tile_row) tile_col -= ++tile_row;
-  const Rows rows{nullptr, tile_row * kTile, min(kTile, to.n - tile_row * kTile)};
-  const Rows cols{nullptr, tile_col * kTile, min(kTile, to.n - tile_col * kTile)};
+  const Rows rows{tile_row * kTile, min(kTile, to.n - tile_row * kTile)};
+  const Rows cols{tile_col * kTile, min(kTile, to.n - tile_col * kTile)};
 
-  Accumulators<T, true> dots(rows.count);
+  Accumulators<T> dots;
   Matrix<T> matrix = x.matrix(b * x.batch_stride);
   matrix.aligned = ALIGNED;  // a compile-time constant: the unused copy path would cost registers
   dependents_launch();
   multiply_rows(dots, matrix, rows, cols, shared<Shared>().pipeline);
   to.offset(b);
 #pragma unroll
-  for (int j = 0; j < Accumulators<T, true>::kCols; ++j)
+  for (int j = 0; j < Accumulators<T>::kCols; ++j)
 #pragma unroll
-    for (int i = 0; i < Accumulators<T, true>::kRows; ++i)
+    for (int i = 0; i < Accumulators<T>::kRows; ++i)
       to.write(rows.first + dots.row(i), cols.first + dots.col(j), dots.at(i, j), tile_row != tile_col);
 }
 
@@ -250,8 +250,8 @@ struct GreedyBlock {
       store_async(to, value, barrier, block);
   }
 
-  // Candidates, at most kGreedyCandidates: the tokens of minimum (bits of nearest, index). Returns their number, 0 if no
-  // token is available. A candidate precedes all other tokens while its bits are below `limit`. Ends with a barrier.
+  // Candidates, at most kGreedyCandidates: the tokens of minimum (bits of nearest, index). Returns their number, 0 if
+  // no token is available. A candidate precedes all others while its bits are below `limit`. Ends with a barrier.
   //
   // The bits between minimum and maximum fall into 256 equal bins; tokens of as many bins as fit are candidates. If the
   // first does not fit, it is divided again; at the last, tokens of equal nearest are taken in order of their index.

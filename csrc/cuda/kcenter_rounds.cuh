@@ -425,6 +425,12 @@ struct RoundsBlock {
     __syncthreads();
     if (threadIdx.x < 32) greedy_steps(sims, count, bound, static_cast<int>(min(max_steps, int64_t(count))));
     __syncthreads();
+    if (int(threadIdx.x) < sh.steps) {
+      const int slot = sh.chosen[threadIdx.x];
+      sh.chosen[threadIdx.x] = sh.candidates[slot];
+      sh.chosen_factors[threadIdx.x] = sh.candidate_factors[slot];
+    }
+    __syncthreads();
     return sh.steps;
   }
 
@@ -452,13 +458,8 @@ struct RoundsBlock {
       for (int i = kPerLane - 2; i >= 0; --i)
         if (s[i] == lowest) place = lane + 32 * i;
       const int slot = warp_min(lowest == bits ? place : ~0u);
-      const int token = sh.candidates[slot];
-      if (bits == kExcluded || make_key(bits, token) >= bound) break;
-      if (lane == 0) {
-        sh.chosen[steps] = token;
-        sh.chosen_bits[steps] = bits;
-        sh.chosen_factors[steps] = sh.candidate_factors[slot];
-      }
+      if (bits >= bits_of(bound) && (bits == kExcluded || make_key(bits, sh.candidates[slot]) >= bound)) break;
+      if (lane == 0) sh.chosen[steps] = slot, sh.chosen_bits[steps] = bits;
       const unsigned* along = sims + triangle(slot) + lane;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)

@@ -30,13 +30,12 @@ constexpr int kBlocksPerSM = 2;  // of kPipelineBytes, in 228 KB
 constexpr int kBlocksPerSM = 1;  // in 164 or 100 KB
 #endif
 
-// `count` rows of a matrix: those of a list, or consecutive ones.
+// `count` consecutive rows of a matrix.
 struct Rows {
-  const int* list;  // null: consecutive; the products of a negative entry are not used
   int first;
   int count;
 
-  __device__ int64_t operator[](int i) const { return list ? (list[i] < 0 ? 0 : list[i]) : int64_t(first) + i; }
+  __device__ int64_t operator[](int i) const { return int64_t(first) + i; }
 };
 
 // Elements of a 16-byte vector.
@@ -63,31 +62,19 @@ __device__ __forceinline__ uint4 gather_vec(const T* row, int k, int width) {
 // Byte offset of a vector within its row in shared memory; the swizzle repeats every eight rows.
 __device__ __forceinline__ int swizzled_offset(int row, int vec) { return (vec ^ row % 8) * 16; }
 
-// One thread's accumulators of a tile: kRows x kCols, at(i, j) of row(i) and col(j). slots() threads share the columns
-// of a tile row; slot() is this thread's number among them. FULL fixes the layout for 128 x 128 and computes all of it;
-// without FULL, work outside the given rows and columns is skipped.
-template <class T, bool FULL>
+// One thread's accumulators of a tile: kRows x kCols, at(i, j) of row(i) and col(j). Each warp has 32 rows and every
+// other group of 16 columns.
+template <class T>
 struct Accumulators {
   static constexpr int kRows = 4, kCols = 16;
   float sum[2][8][4] = {};  // [16 rows][8 columns][element of the mma fragment]
-  int lane, warp_columns, row0, col0;
-
-  // Each warp has 32 rows and every `warp_columns`-th group of 16 columns, so that few rows still occupy all warps.
-  __device__ explicit Accumulators(int rows) {
-    const int warp = threadIdx.x / 32;
-    lane = threadIdx.x % 32;
-    warp_columns = FULL || rows > 64 ? 2 : rows > 32 ? 4 : 8;
-    row0 = warp / warp_columns * 32;
-    col0 = warp % warp_columns * 16;
-  }
+  int lane = threadIdx.x % 32, row0 = threadIdx.x / 64 * 32, col0 = threadIdx.x / 32 % 2 * 16;
 
   __device__ int row(int i) const { return row0 + i / 2 * 16 + i % 2 * 8 + lane / 4; }
-  __device__ int col(int j) const { return j / 4 * 16 * warp_columns + col0 + j / 2 % 2 * 8 + lane % 4 * 2 + j % 2; }
+  __device__ int col(int j) const { return j / 4 * 32 + col0 + j / 2 % 2 * 8 + lane % 4 * 2 + j % 2; }
   __device__ float at(int i, int j) const { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
-  __device__ int slot() const { return col0 / 4 + lane % 4; }
-  __device__ int slots() const { return warp_columns * 4; }
 
-  __device__ void add(const unsigned char* a, const unsigned char* b, int rows, int cols) {
+  __device__ void add(const unsigned char* a, const unsigned char* b) {
     a += (row0 + lane % 16) * kRowBytes;
     b += (col0 + lane / 16 * 8 + lane % 8) * kRowBytes;
 #pragma unroll
@@ -96,43 +83,33 @@ struct Accumulators {
       const unsigned char* vec_b = b + swizzled_offset(lane, 2 * k + lane / 8 % 2);
       unsigned fa[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (FULL || row0 + 16 * i < rows) ldmatrix_x4(fa[i], vec_a + 16 * i * kRowBytes);
+      for (int i = 0; i < 2; ++i) ldmatrix_x4(fa[i], vec_a + 16 * i * kRowBytes);
       unsigned fb[4][4];
 #pragma unroll
-      for (int g = 0; g < 4; ++g)
-        if (FULL || g * 16 * warp_columns + col0 < cols) ldmatrix_x4(fb[g], vec_b + g * 16 * warp_columns * kRowBytes);
+      for (int g = 0; g < 4; ++g) ldmatrix_x4(fb[g], vec_b + g * 32 * kRowBytes);
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
-        if (FULL || g * 16 * warp_columns + col0 < cols) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (FULL || row0 + 16 * i < rows) {
-              mma_m16n8k16<T>(sum[i][2 * g], fa[i], fb[g][0], fb[g][1]);
-              mma_m16n8k16<T>(sum[i][2 * g + 1], fa[i], fb[g][2], fb[g][3]);
-            }
-          }
+        for (int i = 0; i < 2; ++i) {
+          mma_m16n8k16<T>(sum[i][2 * g], fa[i], fb[g][0], fb[g][1]);
+          mma_m16n8k16<T>(sum[i][2 * g + 1], fa[i], fb[g][2], fb[g][3]);
         }
       }
     }
   }
 };
 
-template <bool FULL>
-struct Accumulators<float, FULL> {
+template <>
+struct Accumulators<float> {
   static constexpr int kRows = 8, kCols = 8;
   float sum[8][8] = {};
-  int row0, col0;
-
-  __device__ explicit Accumulators(int) : row0(threadIdx.x / 16), col0(threadIdx.x % 16) {}
+  int row0 = threadIdx.x / 16, col0 = threadIdx.x % 16;
 
   __device__ int row(int i) const { return row0 + 16 * i; }
   __device__ int col(int j) const { return col0 + 16 * j; }
   __device__ float at(int i, int j) const { return sum[i][j]; }
-  __device__ int slot() const { return col0; }
-  __device__ int slots() const { return 16; }
 
-  __device__ void add(const unsigned char* a, const unsigned char* b, int rows, int cols) {
+  __device__ void add(const unsigned char* a, const unsigned char* b) {
     a += row0 * kRowBytes;
     b += col0 * kRowBytes;
 #pragma unroll 1
@@ -141,21 +118,16 @@ struct Accumulators<float, FULL> {
       const unsigned char* vec_b = b + swizzled_offset(col0, k);
       float4 vb[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (FULL || 16 * j < cols) vb[j] = *reinterpret_cast<const float4*>(vec_b + 16 * j * kRowBytes);
+      for (int j = 0; j < 8; ++j) vb[j] = *reinterpret_cast<const float4*>(vec_b + 16 * j * kRowBytes);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if (FULL || 16 * i < rows) {
-          const float4 va = *reinterpret_cast<const float4*>(vec_a + 16 * i * kRowBytes);
+        const float4 va = *reinterpret_cast<const float4*>(vec_a + 16 * i * kRowBytes);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            if (FULL || 16 * j < cols) {
-              sum[i][j] = fmaf(va.x, vb[j].x, sum[i][j]);
-              sum[i][j] = fmaf(va.y, vb[j].y, sum[i][j]);
-              sum[i][j] = fmaf(va.z, vb[j].z, sum[i][j]);
-              sum[i][j] = fmaf(va.w, vb[j].w, sum[i][j]);
-            }
-          }
+        for (int j = 0; j < 8; ++j) {
+          sum[i][j] = fmaf(va.x, vb[j].x, sum[i][j]);
+          sum[i][j] = fmaf(va.y, vb[j].y, sum[i][j]);
+          sum[i][j] = fmaf(va.z, vb[j].z, sum[i][j]);
+          sum[i][j] = fmaf(va.w, vb[j].w, sum[i][j]);
         }
       }
     }
@@ -197,8 +169,8 @@ struct Operand {
 
 // out += dot products of `rows` with `cols`. Called by all threads of the block. `pipeline` holds kPipelineBytes, to be
 // reused after the next __syncthreads().
-template <class T, bool FULL>
-__device__ void multiply_rows(Accumulators<T, FULL>& out, const Matrix<T>& x, const Rows& rows, const Rows& cols,
+template <class T>
+__device__ void multiply_rows(Accumulators<T>& out, const Matrix<T>& x, const Rows& rows, const Rows& cols,
                               unsigned char* pipeline) {
   const Operand<T> a(x, rows), b(x, cols);
   constexpr int kFeatures = kRowBytes / sizeof(T);
@@ -218,7 +190,7 @@ __device__ void multiply_rows(Accumulators<T, FULL>& out, const Matrix<T>& x, co
     cp_async_wait<kStages - 2>();
     __syncthreads();  // this step's copies are visible, and the stage refilled next is no longer read
     copy(step + kStages - 1);
-    out.add(stage(step), stage(step) + kOperandBytes, rows.count, cols.count);
+    out.add(stage(step), stage(step) + kOperandBytes);
   }
   cp_async_wait<0>();
 }
