@@ -191,20 +191,40 @@ SPACES = (
     Space(
         "attention_mass prefill half", Function("attention_mass", "tiles", {0: 2, 1: 128, 2: True}, (2, 128, True)),
         "attention_mass", "prefill-s3072-h32-bfloat16",
-        grid((4, 8), (2, 3, 4), BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128)),
+        (
+            *grid((8,), (2, 3, 4), BLOCK_M=(128,), BLOCK_N=(32, 64)),
+            *grid((8,), (2, 3), BLOCK_M=(128,), BLOCK_N=(128,)),
+            *grid((4,), (2, 3), BLOCK_M=(64,), BLOCK_N=(64,)), *grid((4,), (2,), BLOCK_M=(64,), BLOCK_N=(128,)),
+            *grid((16,), (2,), BLOCK_M=(256,), BLOCK_N=(64,)),
+        ),
         (Function("attention_mass", "tiles", {0: 4, 2: True}, (4, 32, True)), "prefill-s130-h4-float32"),
+    ),
+    Space(
+        "attention_mass registers", Constant("attention_mass", "REGISTERS"),
+        "attention_mass", "prefill-s3072-h32-bfloat16",
+        tuple({"REGISTERS": {2: 255, 4: 255, (90, 2): count}} for count in (112, 144, 168, 255)),
+    ),
+    Space(
+        "attention_mass programs", Constant("attention_mass", "PROGRAMS"),
+        "attention_mass", "decode-b1-s3072-bfloat16",
+        tuple({"PROGRAMS": count} for count in (128, 384, 512, 768)),
     ),
     Space(
         "attention_mass decode half", Function("attention_mass", "tiles", {0: 2, 1: 128, 2: False}, (2, 128, False)),
         "attention_mass", "decode-b1-s3072-bfloat16",
-        grid((2, 4, 8), (2, 3, 4, 5), BLOCK_N=(32, 64, 128)),
+        grid((2, 4), (3, 4, 5), BLOCK_N=(64, 128)),
     ),
     Space(
         "attention_received half",
         Function("attention_received", "tiles", {0: 2, 1: 128, 2: 1, 3: True}, (2, 128, 1, True)),
         "attention_received", "text-s3072-lse-bfloat16",
-        grid((4, 8), (2, 3, 4), BLOCK_T=(32, 64), BLOCK_N=(32, 64, 128)),
+        grid((4, 8), (2, 3, 4), BLOCK_T=(64,), BLOCK_N=(64, 128)),
         (Function("attention_received", "tiles", {0: 4, 3: True}, (4, 32, 2, True)), "last-s130-float32"),
+    ),
+    Space(
+        "attention_received programs", Constant("attention_received", "PROGRAMS"),
+        "attention_received", "text-s3072-lse-bfloat16",
+        tuple({"PROGRAMS": count} for count in (132, 396, 528, 1024)),
     ),
     Space(
         "pivot_cosine few half", _pivots(2, True, False), "pivot_cosine", "b1-n2880-d4096-p8-bfloat16",

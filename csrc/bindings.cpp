@@ -31,5 +31,5 @@ STABLE_TORCH_LIBRARY(pruneops_native, m) {
 PYBIND11_MODULE(_C, m) {
   m.attr("version") = PRUNEOPS_VERSION;
   m.def("cpu_capability", [] { return pruneops::name(pruneops::cpu_capability()); },
-        "Instruction set the CPU kernels run with here: default, avx2 or avx512.");
+        "Instruction set the CPU kernels run with here: default, avx2, avx512, avx512_bf16 or amx_bf16.");
 }

@@ -13,24 +13,15 @@
 
 #include "cpu/common.h"
 #include "cpu/cpu_features.h"
+#include "cpu/target.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only between inlined functions
 #endif
 
-#define PRUNEOPS_PRAGMA(...) _Pragma(#__VA_ARGS__)
-#if defined(__clang__)
-#define PRUNEOPS_TARGET_BEGIN(isa) \
-  PRUNEOPS_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#define PRUNEOPS_TARGET_END PRUNEOPS_PRAGMA(clang attribute pop)
-#else
-#define PRUNEOPS_TARGET_BEGIN(isa) PRUNEOPS_PRAGMA(GCC push_options) PRUNEOPS_PRAGMA(GCC target(isa))
-#define PRUNEOPS_TARGET_END PRUNEOPS_PRAGMA(GCC pop_options)
-#endif
-
 #if defined(__x86_64__)
 
-PRUNEOPS_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+PRUNEOPS_TARGET_BEGIN(PRUNEOPS_AVX512)
 #define PRUNEOPS_LANES 16
 namespace pruneops::avx512 {
 #include PRUNEOPS_KERNEL
@@ -47,7 +38,7 @@ namespace pruneops::avx2 {
 PRUNEOPS_TARGET_END
 
 #define PRUNEOPS_DISPATCH(function)                                               \
-  (::pruneops::cpu_capability() == ::pruneops::CpuCapability::kAvx512             \
+  (::pruneops::cpu_capability() >= ::pruneops::CpuCapability::kAvx512             \
        ? &::pruneops::avx512::function                                            \
        : ::pruneops::cpu_capability() == ::pruneops::CpuCapability::kAvx2         \
              ? &::pruneops::avx2::function                                        \

@@ -16,7 +16,7 @@ static void pivot_cosine_score(const Tokens& x, int64_t begin, int64_t end, cons
   for (int64_t n0 = begin; n0 < end; n0 += kBlockRows) {
     const int64_t rows = n0 + kBlockRows < end ? kBlockRows : end - n0;
     float squares[kBlockRows], row_factors[kBlockRows], row[kBlockRows];
-    products(x, n0, rows, pivots.rows, pivots.count, dots, stride, squares, scratch);
+    products(x, nullptr, n0, rows, pivots.rows, pivots.count, dots, stride, squares, scratch);
     for (int64_t r = 0; r < rows; ++r) row_factors[r] = norm_factor(squares[r], true);
     float* const total = to.out + n0;
     for (int64_t p = 0; p < pivots.count; ++p) {

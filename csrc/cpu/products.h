@@ -76,11 +76,18 @@ static void tile_of(int64_t count, const float* const* rows, const float* const*
   }
 }
 
-// dots[r * stride + c] = row (begin + r) . columns[c]; squares[r] unless null. Both hold a multiple of kRows rows.
+// Token r of index[0..rows), or of begin..begin + rows if index is null; the last one for r past the end.
 template <class T>
-static void products(const Tokens& x, int64_t begin, int64_t rows, const float* const* columns, int64_t count,
-                     float* dots, int64_t stride, float* squares, float* scratch) {
-  const T* data = static_cast<const T*>(x.data) + begin * x.stride;
+PRUNEOPS_INLINE const T* token_row(const Tokens& x, const int64_t* index, int64_t begin, int64_t rows, int64_t r) {
+  r = r < rows ? r : rows - 1;
+  return static_cast<const T*>(x.data) + (index ? index[r] : begin + r) * x.stride;
+}
+
+// dots[r * stride + c] = row r . columns[c]; squares[r] unless null, which needs a null index. The rows are those of
+// token_row; dots and squares hold a multiple of kRows of them.
+template <class T>
+static void products(const Tokens& x, const int64_t* index, int64_t begin, int64_t rows, const float* const* columns,
+                     int64_t count, float* dots, int64_t stride, float* squares, float* scratch) {
   // the first two groups of columns also compute squares, of half the rows each
   const int64_t group = squares && count < 2 * kColumns ? (count + 1) / 2 : kColumns;
   const int64_t groups = squares && count < 2 * kColumns ? 2 : (count + kColumns - 1) / kColumns;
@@ -93,25 +100,26 @@ static void products(const Tokens& x, int64_t begin, int64_t rows, const float* 
     for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
       const float* row[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
-        const T* source = data + (r0 + r < rows ? r0 + r : rows - 1) * x.stride + d;
+        const T* source = token_row<T>(x, index, begin, rows, r0 + r) + d;
         row[r] = in_place ? reinterpret_cast<const float*>(source) : scratch + r * kDepth;
         if (!in_place) widen(source, length, scratch + r * kDepth);
       }
       // the next tile reads the next rows, after the last rows the next features
-      const char* next = reinterpret_cast<const char*>(r0 + kRows < rows ? data + (r0 + kRows) * x.stride + d
-                                                                         : data + d + kDepth);
+      const int64_t next_row = r0 + kRows < rows ? r0 + kRows : 0, next_feature = next_row ? d : d + kDepth;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t c = g * group, width = count - c < group ? count - c : group;
         const float* column[kColumns];
         for (int64_t i = 0; i < width; ++i) column[i] = columns[c + i] + d;
         float* to = dots + r0 * stride + c;
         if (squares && g < 2) {
-          const Prefetch prefetch = {next + g * kHalf * pitch, step, pitch};
+          const T* next = token_row<T>(x, index, begin, rows, next_row + g * kHalf) + next_feature;
+          const Prefetch prefetch = {reinterpret_cast<const char*>(next), step, pitch};
           if (g == 0) tile_of<0>(width, row, column, depth, to, stride, squares + r0, d > 0, prefetch);
           else tile_of<1>(width, row, column, depth, to, stride, squares + r0, d > 0, prefetch);
         } else {
-          const int64_t prefetch_row = g / tiles_per_row < kRows ? g / tiles_per_row : kRows - 1;
-          const Prefetch prefetch = {next + prefetch_row * pitch + g % tiles_per_row * bytes / tiles_per_row,
+          const int64_t r = g / tiles_per_row < kRows ? g / tiles_per_row : kRows - 1;
+          const T* next = token_row<T>(x, index, begin, rows, next_row + r) + next_feature;
+          const Prefetch prefetch = {reinterpret_cast<const char*>(next) + g % tiles_per_row * bytes / tiles_per_row,
                                      step / tiles_per_row, pitch};
           tile_of<kNoSquares>(width, row, column, depth, to, stride, nullptr, d > 0, prefetch);
         }
@@ -120,15 +128,15 @@ static void products(const Tokens& x, int64_t begin, int64_t rows, const float* 
   }
 }
 
-static void products(const Tokens& x, int64_t begin, int64_t rows, const float* const* columns, int64_t count,
-                     float* dots, int64_t stride, float* squares, float* scratch) {
+static void products(const Tokens& x, const int64_t* index, int64_t begin, int64_t rows, const float* const* columns,
+                     int64_t count, float* dots, int64_t stride, float* squares, float* scratch) {
   switch (x.type) {
     case Element::kFloat:
-      return products<float>(x, begin, rows, columns, count, dots, stride, squares, scratch);
+      return products<float>(x, index, begin, rows, columns, count, dots, stride, squares, scratch);
     case Element::kHalf:
-      return products<Half>(x, begin, rows, columns, count, dots, stride, squares, scratch);
+      return products<Half>(x, index, begin, rows, columns, count, dots, stride, squares, scratch);
     case Element::kBFloat16:
-      return products<BFloat16>(x, begin, rows, columns, count, dots, stride, squares, scratch);
+      return products<BFloat16>(x, index, begin, rows, columns, count, dots, stride, squares, scratch);
   }
 }
 

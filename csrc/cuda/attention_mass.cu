@@ -4,7 +4,9 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/attention_decode.cuh"
 #include "cuda/attention_launch.cuh"
+#include "cuda/attention_prefill.cuh"
 
 namespace pruneops {
 
@@ -43,6 +45,13 @@ std::tuple<Tensor, Tensor> attention_mass(const Tensor& query, const Tensor& key
     p.key_group = to;
     p.mass = static_cast<float*>(mass.data_ptr());
     p.lse_out = static_cast<float*>(lse_out.data_ptr());
+    if constexpr (sizeof(T) == 2) {
+      if (launch_decode(p, batch, stream)) return;
+      if (prefill_applies(p)) {
+        const Tensor memory = workspace(query, prefill_floats(p, batch));
+        return launch_prefill(p, batch, memory.data_ptr(), stream);
+      }
+    }
     if (plan_sums(p, has_clusters())) return launch_sums(p, batch, stream);
     const Tensor memory = workspace(query, p.state_floats(batch));
     p.states = static_cast<float*>(memory.data_ptr());

@@ -11,7 +11,7 @@ namespace {
 
 inline Tuned min_rows{"attention_prefill_rows", 256};         // of a key head
 inline Tuned warpgroups{"attention_prefill_warpgroups", 4};   // 2, 3, 4; bfloat16 with 128 features, lse not given
-inline Tuned turns{"attention_prefill_turns", 2};             // 0, 1, 2
+inline Tuned turns{"attention_prefill_turns", 0};             // 0, 1, 2
 inline Tuned with_lse{"attention_prefill_lse", 0};            // whether also if lse is given
 inline Tuned overlap{"attention_prefill_overlap", 1};         // whether launches overlap
 

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "cuda/attention_decode.cuh"
 #include "cuda/attention_launch.cuh"
 
 namespace pruneops {
@@ -29,6 +30,8 @@ Tensor attention_received(const Tensor& query, const Tensor& key, const std::opt
     p.query_group = from;
     p.key_group = to;
     p.received = static_cast<float*>(received.data_ptr());
+    if constexpr (sizeof(T) == 2)
+      if (launch_decode(p, batch, stream)) return;
     const auto run = [&](int state_splits, int cluster) {
       launch(attention_received_sums<T>,
              {batch * p.key_heads * p.splits, kThreads, size_t(received_bytes(p)), cluster}, stream, p, state_splits);

@@ -1,13 +1,13 @@
 // Greedy k-center selection on CUDA: the next token is the allowed one whose maximum similarity to the chosen set is
 // minimal; pruneops/reference/kcenter.py is the specification. Two paths, by N, B and element type alone:
-//   gram    N <= 4096 (float32: 2048) and B N (N + 3) floats <= 512 MB, three launches: norm factors; similarities of
-//           all pairs by 128 x 128 tiles of the lower triangle, N^2 D operations and 4 N^2 bytes; k greedy steps.
-//   rounds  8 N bytes and 64 KB a block group, one cooperative launch. A round selects up to 128 candidates, computes
-//           their gram matrix, takes greedy steps among them while no other token can precede them, and updates all
-//           tokens in one pass over x: 2 N c D operations for c steps. At least one step a round.
-// Every similarity is a float32 sum in one fixed order: both paths choose alike to the bit, equal tokens tie exactly,
-// and every prefix is the answer for a smaller k. Blocks decide the end of a round from the same data: no host reads,
-// and the launch can be captured in a CUDA graph. Packed sequences always take rounds, up to 256 a launch.
+//   gram    N <= 4096 (float32: 2048) and B N (N + 3) floats <= 512 MB, two launches: dot products of all pairs, N^2 D
+//           operations and 4 N^2 bytes; greedy steps by lazy rounds over that matrix, in a cluster.
+//   rounds  8 N bytes and up to 132 KB a block group, one cooperative launch. A round selects up to 240 candidates,
+//           computes their gram matrix, takes greedy steps among them while no other token can precede them, and
+//           updates all tokens in one pass over x: 2 N c D operations for c steps. At least one step a round.
+// Within a path every similarity is a float32 sum in one fixed order: equal tokens tie exactly, every prefix is the
+// answer for a smaller k. Blocks decide the end of a round from the same data: no host reads, and the launches can be
+// captured in a CUDA graph. Packed sequences always take rounds, up to 256 a launch.
 // See docs/kernels/kcenter.md.
 
 #include <algorithm>
@@ -46,7 +46,7 @@ SeedsAndMask seeds_and_mask(const std::optional<Tensor>& seeds, const std::optio
 }
 
 inline Tuned gram_tile{"kcenter_gram_tile", 0};          // 64, 128 or 192; 0: the fewest waves
-inline Tuned greedy_blocks{"kcenter_greedy_blocks", 0};  // of a cluster; 0: by N
+inline Tuned greedy_blocks{"kcenter_greedy_blocks", 0};  // of a cluster; 0: by B and N
 
 // Boxes of `box_rows` tokens and 64 features of x [B, N, D], zero outside. False if x cannot be described so.
 bool tensor_map(TensorMap& map, const Tensor& x, int box_rows) {
@@ -108,7 +108,7 @@ void run_gram_products(const Tokens<T>& x, const Tensor& tensor, const GramOutpu
 }
 
 // Blocks of a cluster that takes the greedy steps.
-int greedy_cluster(int64_t tokens) {
+int greedy_cluster(int64_t batch, int64_t tokens) {
   if (!has_clusters()) return 1;
   static const bool sixteen = [] {  // more than eight blocks are not portable
     const void* kernel = reinterpret_cast<const void*>(kcenter_greedy);
@@ -129,7 +129,7 @@ int greedy_cluster(int64_t tokens) {
     cudaGetLastError();  // a refusal is no error
     return fits;
   }();
-  const int blocks = greedy_blocks.value ? greedy_blocks.value : tokens > 1024 ? 16 : 8;
+  const int blocks = greedy_blocks.value ? greedy_blocks.value : tokens > 1024 && batch <= 4 ? 16 : 8;
   return std::min(blocks, sixteen ? 16 : 8);
 }
 
@@ -142,16 +142,13 @@ void run_gram(const Tokens<T>& x, const Tensor& tensor, int64_t k, const SeedsAn
   auto* gram = static_cast<float*>(memory.data_ptr());
   const GramOutput products{gram, gram + batch * n * pitch, n, pitch, out.cosine};
   run_gram_products(x, tensor, products, stream);
-  const int blocks = greedy_cluster(n);
+  const int blocks = greedy_cluster(batch, n);
   launch(kcenter_greedy, {batch * blocks, kGreedyThreads, sizeof(GreedyShared), blocks, true}, stream,
          GreedyParams{gram, products.norm_factors, n, pitch, blocks, k, given, out});
 }
 
 inline Tuned rounds_candidates{"kcenter_candidates", 240};
 inline Tuned rounds_block_tokens{"kcenter_block_tokens", 16};  // at least, of a block of a group
-inline Tuned rounds_resident{"kcenter_resident", 40};          // percent of L2 for x that stays from round to round
-inline Tuned rounds_prefetch{"kcenter_prefetch", 32};          // percent of L2 for x fetched while greedy steps run
-inline Tuned rounds_bulk{"kcenter_bulk", 0};                   // bulk copies instead of cp.async
 
 // Candidates of a round: 4 sqrt(N), as many as shared memory takes.
 int max_candidates(int64_t tokens, int64_t work_bytes) {
@@ -170,14 +167,6 @@ void run_rounds(RoundsParams<T> p, const Tensor& tensor, int64_t total_tokens, i
   p.blocks = static_cast<int>(std::clamp<int64_t>(tokens / rounds_block_tokens.value, 1, blocks / p.groups));
   p.work_bytes = shared_bytes - static_cast<int>(sizeof(RoundsShared));
   p.max_candidates = max_candidates(tokens, p.work_bytes);
-  p.bulk = rounds_bulk.value && has_clusters();
-  const int64_t l2_bytes = device_attribute(cudaDevAttrL2CacheSize), row_bytes = p.x.width * int64_t(sizeof(T));
-  const auto slices = [&](const Tuned& percent) {  // of each token
-    return static_cast<int>(l2_bytes * percent.value / 100 / std::max<int64_t>(total_tokens, 1) / kSliceBytes);
-  };
-  const bool all_stays = total_tokens * row_bytes <= l2_bytes * 4 / 5;
-  p.resident_slices = all_stays ? static_cast<int>(row_bytes / kSliceBytes) + 1 : slices(rounds_resident);
-  p.prefetch_slices = slices(rounds_prefetch);
   const int64_t gram = int64_t(p.groups) * p.gram_pitch(p.max_candidates), arrivals = p.groups * kBarrierPitch;
   const int64_t padded = padded_tokens(total_tokens, p.rows);
   const Tensor memory = workspace(tensor, gram + arrivals + 2 * padded);

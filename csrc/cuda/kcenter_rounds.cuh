@@ -37,9 +37,6 @@ struct RoundsParams {
   int blocks;          // of a group
   int max_candidates;  // at most kMaxCandidates, triangle(max_candidates) floats at most work_bytes
   int work_bytes;      // of shared memory after RoundsShared
-  int resident_slices;  // of each token, that L2 keeps from round to round
-  int prefetch_slices;  // of each token after those, brought to L2 while greedy steps run
-  bool bulk;            // bulk copies where rows allow them
 
   __host__ __device__ static constexpr int gram_pitch(int max_candidates) {
     return (triangle(max_candidates) + 3) / 4 * 4;
@@ -82,7 +79,6 @@ struct alignas(128) RoundsShared {
   unsigned chosen_bits[kMaxCandidates];
   float chosen_factors[kMaxCandidates];
   unsigned warp_low[kWarps], warp_high[kWarps], warp_sums[kWarps];
-  uint64_t full[kProductStages];
   unsigned count;
   int steps;
   int crossing;
@@ -131,7 +127,7 @@ struct RoundsBlock {
   RoundsShared& sh;
   const Sequence& q;  // in shared memory: registers are scarce
   const BlockGroup& group;
-  Pipeline& pipeline;
+  const Pipeline& pipeline;
   unsigned* gram;  // of the group: lower triangle, row by row
 
   __device__ Matrix<T> x() const { return p.x.matrix(q.offset); }
@@ -211,16 +207,6 @@ struct RoundsBlock {
       nearest()[q.n + threadIdx.x] = kExcluded;  // read in vectors of four
     if (center >= 0 && group.rank == 0 && threadIdx.x == 0) p.out.write(q.out_offset, q.begin + center, -INFINITY);
     return center >= 0;
-  }
-
-  // Brings the next features of the block's rows after those that stay in L2 there.
-  __device__ void prefetch_rows() const {
-    const int rows = (q.n - 1) / group.blocks + 1, first = group.rank * rows, count = min(rows, q.n - first);
-    const int slices = min(p.prefetch_slices, p.x.width * int(sizeof(T)) / kSliceBytes - p.resident_slices);
-    if (slices <= 0) return;
-    for (int i = threadIdx.x; i < slices * count; i += kThreads)
-      prefetch_to_l2(token_row(first + i / slices) +
-                     (p.resident_slices + i % slices) * (kSliceBytes / int(sizeof(T))));
   }
 
   // Select: the tokens whose key is below a threshold become candidates, at most m of them and at least 3 m / 4 if
@@ -490,10 +476,8 @@ __global__ void __launch_bounds__(kThreads, 1) kcenter_rounds(const __grid_const
   const int tid = threadIdx.x, group_index = blockIdx.x / p.blocks;
   BlockGroup group{p.arrivals + group_index * kBarrierPitch, p.blocks, int(blockIdx.x % p.blocks)};
   unsigned* gram = p.gram + int64_t(group_index) * p.gram_pitch(p.max_candidates);
-  Pipeline pipeline{reinterpret_cast<unsigned char*>(&sh + 1), p.work_bytes, p.bulk ? sh.full : nullptr,
-                    p.resident_slices};
+  const Pipeline pipeline{reinterpret_cast<unsigned char*>(&sh + 1), p.work_bytes};
   const Sequence& q = sh.q;
-  if (tid == 0) pipeline.init();
 
   for (int64_t row = group_index; row < p.rows; row = q.row + p.groups) {
     __syncthreads();
@@ -533,7 +517,6 @@ __global__ void __launch_bounds__(kThreads, 1) kcenter_rounds(const __grid_const
         if (done == q.k || q.n == 0) continue;
       }
       block.multiply_tiles(count > 0, count > 0 ? count : steps);
-      if (count > 0) block.prefetch_rows();
       group.sync();
     }
   }

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/hopper.cuh"
 #include "cuda/tile.cuh"
 
 namespace pruneops {
@@ -25,35 +24,6 @@ constexpr int kMaxStageSlices = 4;
 constexpr int kRowGroups = 2;  // of 16 rows of a warp: more would not fit in 100 KB
 #else
 constexpr int kRowGroups = 3;
-#endif
-
-#ifdef __CUDACC__
-__device__ __forceinline__ void prefetch_to_l2(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
-// bulk_copy of data that is the first to leave L2.
-__device__ __forceinline__ void bulk_copy_evict_first(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-      "policy;\n}" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-#endif
-}
-// cp_async_16 of data that is the first to leave L2.
-__device__ __forceinline__ void cp_async_16_evict_first(void* to, const void* from) {
-  asm volatile(
-      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n}" ::"r"(shared_address(to)), "l"(from)
-      : "memory");
-}
-#else
-inline void cp_async_16_evict_first(void* to, const void* from) { cp_async_16(to, from, 16); }
-inline void prefetch_to_l2(const void*) {}
-inline void bulk_copy_evict_first(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-  bulk_copy(to, from, bytes, barrier);
-}
 #endif
 
 // sum + the products of two vectors' features.
@@ -265,24 +235,15 @@ struct ProductSums<float> {
 struct Pipeline {
   unsigned char* memory;  // at a multiple of 16
   int bytes;
-  uint64_t* full;     // [kProductStages] barriers of the bulk copies; null: cp.async
-  int resident_slices;  // of all rows, which L2 keeps from one pass to the next; the others leave it first
-  unsigned fills = 0;   // stages filled by bulk copies so far
 
   // Lines of a tile that fit.
   __device__ int max_lines() const { return bytes / kProductStages / (kSliceBytes + kLinePadding) / 16 * 16; }
-
-  // By one thread; then a block barrier.
-  __device__ void init() const {
-    for (int i = 0; full && i < kProductStages; ++i) mbarrier_init(&full[i], 1);
-    mbarrier_init_fence();
-  }
 };
 
 // Copies slices [first, first + SLICES) of all lines to a stage, a line by eight threads. All of them are inside x.
 template <int SLICES, class T>
 __device__ __forceinline__ void copy_whole_slices(const Matrix<T>& x, const Lines& lines, unsigned char* stage,
-                                                  int pitch, int first, bool stay) {
+                                                  int pitch, int first) {
   constexpr int kLines = kThreads / 8, kSliceFeatures = kSliceBytes / sizeof(T);
   const T* data = x.data + (first * 8 + threadIdx.x % 8) * kVecSize<T>;
   const int begin = threadIdx.x / 8;
@@ -295,20 +256,16 @@ __device__ __forceinline__ void copy_whole_slices(const Matrix<T>& x, const Line
       for (int s = 0; s < SLICES; ++s) cp_async_16(to + s * kSliceBytes, source + s * kSliceFeatures, 16);
     }
   };
-  const auto copy_consecutive = [&](auto copy) {
+  if (lines.row_list) {
+    copy_listed(lines.row_list, lines.rows, stage);
+  } else {
     const T* source = data + (int64_t(lines.first) + begin) * x.stride;
     unsigned char* to = stage;
 #pragma unroll 1
     for (int i = begin; i < lines.rows; i += kLines, to += kLines * pitch, source += kLines * x.stride)
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s) copy(to + s * kSliceBytes, source + s * kSliceFeatures);
-  };
-  if (lines.row_list)
-    copy_listed(lines.row_list, lines.rows, stage);
-  else if (stay)
-    copy_consecutive([](void* to, const void* from) { cp_async_16(to, from, 16); });
-  else
-    copy_consecutive([](void* to, const void* from) { cp_async_16_evict_first(to, from); });
+      for (int s = 0; s < SLICES; ++s) cp_async_16(to + s * kSliceBytes, source + s * kSliceFeatures, 16);
+  }
   copy_listed(lines.col_list, lines.cols, stage + lines.row_lines() * pitch);
 }
 
@@ -332,45 +289,23 @@ __device__ __forceinline__ void copy_lines(const Matrix<T>& x, const Lines& line
   }
 }
 
-template <class T>
-__device__ __forceinline__ void bulk_copy_lines(const Matrix<T>& x, const Lines& lines, unsigned char* stage,
-                                                int pitch, int first, int slices, bool stay, uint64_t* full) {
-  const int bytes = slices * kSliceBytes;
-  if (threadIdx.x == 0) mbarrier_arrive_expect(full, (lines.rows + lines.cols) * bytes);
-#pragma unroll 1
-  for (int line = threadIdx.x; line < lines.count(); line += kThreads) {
-    const int token = lines.token(line);
-    if (token < 0) continue;
-    const T* from = x.data + token * x.stride + first * (kSliceBytes / int(sizeof(T)));
-    if (stay || line >= lines.rows)
-      bulk_copy(stage + line * pitch, from, bytes, full);
-    else
-      bulk_copy_evict_first(stage + line * pitch, from, bytes, full);
-  }
-}
-
 // All products of a tile; lines.count() <= pipeline.max_lines(). Called by all threads of the block; the products are
 // valid until the next call.
 template <class T>
-__device__ __forceinline__ Products<T> multiply(const Matrix<T> x, const Lines& lines, Pipeline& pipeline) {
+__device__ __forceinline__ Products<T> multiply(const Matrix<T> x, const Lines& lines, const Pipeline& pipeline) {
   const int slices = (x.width * int(sizeof(T)) + kSliceBytes - 1) / kSliceBytes;
   const int fitting = (pipeline.bytes / kProductStages / lines.count() - kLinePadding) / kSliceBytes;
   const int stage_slices = max(1, min(min(fitting, kMaxStageSlices), (slices + 7) / 8));
   const int steps = (slices + stage_slices - 1) / stage_slices;
   const int pitch = stage_slices * kSliceBytes + kLinePadding, stage_bytes = lines.count() * pitch;
-  const bool bulk = pipeline.full && x.aligned && x.width * int(sizeof(T)) % kSliceBytes == 0;
   const auto stage = [&](int step) { return pipeline.memory + step % kProductStages * stage_bytes; };
-  const auto full = [&](int step) { return &pipeline.full[(pipeline.fills + step) % kProductStages]; };
   const auto slices_of = [&](int step) { return min(stage_slices, slices - step * stage_slices); };
   const auto copy = [&](int step) {
     if (step < steps) {
       const int first = step * stage_slices, count = slices_of(step);
-      const bool stay = lines.row_list || first < pipeline.resident_slices;
-      if (bulk) {
-        bulk_copy_lines(x, lines, stage(step), pitch, first, count, stay, full(step));
-      } else if (x.aligned && (first + count) * kSliceBytes <= x.width * int(sizeof(T))) {
+      if (x.aligned && (first + count) * kSliceBytes <= x.width * int(sizeof(T))) {
         with_constant<kMaxStageSlices>(count, [&](auto n) {
-          copy_whole_slices<decltype(n)::value>(x, lines, stage(step), pitch, first, stay);
+          copy_whole_slices<decltype(n)::value>(x, lines, stage(step), pitch, first);
         });
       } else {
         copy_lines(x, lines, stage(step), pitch, first, count);
@@ -380,22 +315,17 @@ __device__ __forceinline__ Products<T> multiply(const Matrix<T> x, const Lines& 
   };
 
   ProductSums<T> sums;
-  fence_proxy_async();
   __syncthreads();  // earlier accesses of the memory are done
 #pragma unroll 1
   for (int step = 0; step < kProductStages - 1; ++step) copy(step);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (bulk)
-      mbarrier_wait(full(step), (pipeline.fills + step) / kProductStages % 2);
-    else
-      cp_async_wait<kProductStages - 2>();
+    cp_async_wait<kProductStages - 2>();
     __syncthreads();  // this stage is visible, and the one refilled next is no longer read
     copy(step + kProductStages - 1);
     sums.add(stage(step), pitch, lines, slices_of(step));
   }
   cp_async_wait<0>();
-  if (bulk) pipeline.fills += steps;
   __syncthreads();
   auto* products = reinterpret_cast<float*>(pipeline.memory);
   const int columns = lines.cols | 1;

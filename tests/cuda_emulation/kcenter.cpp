@@ -21,7 +21,7 @@ struct Call {
   int64_t* indices;
   float* radii;
   int32_t element;  // 0 float32, 1 float16, 2 bfloat16
-  int32_t cosine, rounds, groups, blocks, candidates, backwards, tile, work_kb, bulk;
+  int32_t cosine, rounds, groups, blocks, candidates, backwards, tile, work_kb;
 };
 
 template <class T>
@@ -73,8 +73,6 @@ void run(const Call& c) {
   p.blocks = c.blocks;
   p.max_candidates = c.candidates;
   p.work_bytes = c.work_kb * 1024;
-  p.resident_slices = p.prefetch_slices = 1;
-  p.bulk = c.bulk;
   launch(c.groups * c.blocks, kThreads, sizeof(RoundsShared) + p.work_bytes, 1, kcenter_rounds<T>, p);
 }
 

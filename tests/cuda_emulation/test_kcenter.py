@@ -18,7 +18,7 @@ class Call(ctypes.Structure):
         *(("mask", POINTER), ("mask_stride", INT * 2)),
         *(("cu_seqlens", POINTER), ("offsets", POINTER), ("k", INT), ("indices", POINTER), ("radii", POINTER)),
         *((name, INT32) for name in ("element", "cosine", "rounds")),
-        *((name, INT32) for name in ("groups", "blocks", "candidates", "backwards", "tile", "work_kb", "bulk")),
+        *((name, INT32) for name in ("groups", "blocks", "candidates", "backwards", "tile", "work_kb")),
     )
 
 
@@ -57,7 +57,7 @@ def emulate(kernel):
             cosine=metric == "cosine",
             **{
                 **{"rounds": packed, "groups": 1, "blocks": 1, "candidates": 128, "backwards": False, "tile": 0},
-                **{"work_kb": 216, "bulk": False, **shape},
+                **{"work_kb": 216, **shape},
             },
         )
         kernel(ctypes.byref(call))
@@ -84,8 +84,8 @@ VARIANTS = [
     dict(rounds=False),
     dict(rounds=False, blocks=4, backwards=True),
     dict(rounds=True, candidates=16, work_kb=92),
-    dict(rounds=True, blocks=3, candidates=40, backwards=True, bulk=True),
-    dict(rounds=True, blocks=2, groups=2, candidates=250, bulk=True),
+    dict(rounds=True, blocks=3, candidates=40, backwards=True),
+    dict(rounds=True, blocks=2, groups=2, candidates=250),
 ]
 by_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda f: "-".join(f"{k}{int(v)}" for k, v in f.items()))
 by_metric = pytest.mark.parametrize("metric", ("cosine", "euclidean"))
@@ -192,7 +192,7 @@ def test_more_seeds_than_candidates(emulate, variant):
     assert_same(emulate(x, 320, seeds=seeds, metric="euclidean", **variant), want)
 
 
-@pytest.mark.parametrize("shape", (dict(work_kb=24, candidates=100), dict(candidates=256, blocks=4, bulk=True)))
+@pytest.mark.parametrize("shape", (dict(work_kb=24, candidates=100), dict(candidates=256, blocks=4)))
 @pytest.mark.parametrize("levels", (2, 9))  # of a feature: many ties, few ties
 @by_dtype
 def test_many_tokens(emulate, shape, levels, dtype):
