@@ -23,12 +23,25 @@ KERNELS = {
     *(f"exclusive_bottomk_select<{element}, {use_lists}>" for element in ELEMENTS for use_lists in ("false", "true")),
     *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
     *(f"attention_{kernel}<{element}>" for kernel in ("sums", "combine", "received_sums") for element in ELEMENTS),
+    *(
+        f"decode::received<{element}, {D}, {lse}>"
+        for element in ELEMENTS[1:]
+        for D in (64, 128)
+        for lse in ("false", "true")
+    ),
+    *(
+        f"decode::{kernel}<{element}, {D}>"
+        for kernel in ("mass", "mass_with_lse")
+        for element in ELEMENTS[1:]
+        for D in (64, 128)
+    ),
+    *(f"prefill::{kernel}<{element}>" for kernel in ("lists", "reduce") for element in ELEMENTS[1:]),
+    *(f"prefill::sums<{element}, 4, {D}, false>" for element in ELEMENTS[1:] for D in (64, 128)),
     "copy_tokens<false>",
     "copy_tokens<true>",
 }
-# Dynamic shared memory of each launch; assign_ranks uses all that the GPU has.
+# Dynamic shared memory of each launch; assign_ranks and kcenter_rounds use what the GPU has, attention_decode what it can.
 DYNAMIC_BYTES = {
-    "kcenter_rounds<.*": "sizeof(RoundsShared)",
     "kcenter_gram<.*": "kPipelineBytes",
     "kcenter_greedy": "sizeof(GreedyShared)",
     "exclusive_bottomk_select<.*": "sizeof(BottomkShared)",
@@ -102,7 +115,10 @@ def dynamic_bytes(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("shared")
-    headers = ("runtime.h", *(f"cuda/{op}.cuh" for op in ("kcenter", "exclusive_bottomk", "pivot_cosine", "attention")))
+    headers = (
+        "hopper.h",
+        *(f"cuda/{op}.cuh" for op in ("kcenter_gram", "exclusive_bottomk", "pivot_cosine", "attention")),
+    )
     (folder / "sizes.cpp").write_text(
         "\n".join(f'#include "{header}"' for header in headers)
         + "\nusing namespace pruneops;\nint main() { for (size_t size : {"

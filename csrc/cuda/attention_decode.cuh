@@ -15,6 +15,11 @@
 #include "cuda/attention.cuh"
 #include "cuda/hopper.cuh"
 
+// Bodies for GPUs without clusters, which never launch these kernels, would only take space.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define PRUNEOPS_CLUSTERS 1
+#endif
+
 namespace pruneops::decode {
 
 constexpr int kMaxRows = 16;  // of a tile
@@ -442,6 +447,7 @@ __device__ __forceinline__ void received_tiles(const Block<T, D, false, LSE>& bl
 // A cluster per key head, or single blocks if lse is given.
 template <class T, int D, bool LSE>
 __global__ void __launch_bounds__(32 * kMaxWarps) received(const __grid_constant__ AttentionParams<T> p) {
+#ifdef PRUNEOPS_CLUSTERS
   Block<T, D, false, LSE> block(p);
   block.start();
   cluster_wait();  // all blocks of the cluster have started
@@ -450,6 +456,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) received(const __grid_constant
   float* out = p.received + block.first_head() * p.keys + block.begin;
   for (int head = 0; head < p.ratio; ++head)
     for (int key = threadIdx.x; key < block.keys; key += blockDim.x) out[int64_t(head) * p.keys + key] = 0;
+#endif
 }
 
 // ---- attention_mass
@@ -488,6 +495,7 @@ __device__ __forceinline__ void mass_states(const Block<T, D, true, false>& bloc
 // All rows of a key head are one tile. Block 0 of a cluster merges the states and writes mass and lse.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kMaxWarps) mass(const __grid_constant__ AttentionParams<T> p) {
+#ifdef PRUNEOPS_CLUSTERS
   Block<T, D, true, false> block(p);
   const int tid = threadIdx.x, size = 1 + p.groups, splits = p.splits;
   block.start();
@@ -541,6 +549,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mass(const __grid_constant__ A
       if (row_group[r] == from) sum += row_mass[r * p.groups + to];
     p.mass[block.first_head() * p.groups * p.groups + o] = sum;
   }
+#endif
 }
 
 // Sums of probabilities of this warp's keys by head and pair of groups, to `warp_mass` [R, G, G].
@@ -601,6 +610,7 @@ __device__ __forceinline__ float spread_nan(const float* from_group, int to, int
 // With lse given: block 0 of a cluster adds the sums of all warps.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kMaxWarps) mass_with_lse(const __grid_constant__ AttentionParams<T> p) {
+#ifdef PRUNEOPS_CLUSTERS
   Block<T, D, true, true> block(p);
   const int tid = threadIdx.x, pairs = p.groups * p.groups, all_pairs = p.ratio * pairs;
   block.start();
@@ -638,6 +648,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mass_with_lse(const __grid_con
 #pragma unroll 1
   for (int o = tid; o < all_pairs; o += blockDim.x)
     p.mass[block.first_head() * pairs + o] = spread_nan(warp_mass + o / p.groups * p.groups, o % p.groups, p.groups);
+#endif
 }
 
 // ---- plan
