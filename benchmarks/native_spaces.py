@@ -86,37 +86,18 @@ def _space(case, **values):
 # The most important goals first. A parameter may be swept in several cases, which may propose different values.
 SPACES = (
     _space("kcenter b1-n2880-d4096-bfloat16", kcenter_gram_tile=(64, 128, 192), kcenter_greedy_blocks=(4, 8, 16)),
-    _space(
-        "kcenter b1-n9216-d4096-bfloat16", kcenter_candidates=(128, 192, 240),
-    ),
-    _space(
-        "kcenter b1-n2880-d4096-float32", kcenter_gram_tokens_float32=(2048, 4096), kcenter_candidates=(128, 240),
-    ),
-    _space(
-        "attention_mass prefill-s3072-h32-bfloat16", attention_prefill_warpgroups=(2, 3, 4),
-        attention_prefill_turns=(0, 1, 2),
-    ),
-    _space("attention_mass decode-b1-s3072-bfloat16", attention_decode_keys=(32, 64, 96, 128, 192, 384)),
-    _space("attention_mass decode-b16-s3072-bfloat16", attention_decode_keys=(64, 128, 256, 384, 768)),
-    _space("attention_received text-s3072-bfloat16", attention_decode=(0, 1), attention_decode_keys=(32, 64, 128, 256)),
-    _space(
-        "attention_mass text-s3072-h32-bfloat16", attention_decode_queries=(64, 1 << 16),
-        attention_prefill_rows=(32, 256), attention_prefill_lse=(0, 1),
-    ),
-    _space(
-        "exclusive_bottomk b1-n2880-d4096-p8-bfloat16", pivot_cosine_blocks=(1, 2), pivot_cosine_stages=(4, 8),
-        pivot_bottomk_overlap=(0, 1),
-    ),
-    _space("kcenter b1-n576-d1024-bfloat16", kcenter_gram_tile=(64, 128), kcenter_greedy_blocks=(1, 2, 4, 8)),
-    _space("kcenter b8-n2880-d4096-bfloat16", kcenter_gram_tile=(64, 128, 192), kcenter_greedy_blocks=(2, 4, 8, 16)),
-    _space(
-        "kcenter b1-n23328-d4096-bfloat16", kcenter_candidates=(160, 240), kcenter_block_tokens=(16, 256),
-    ),
-    _space("attention_received cls-s577-bfloat16", attention_decode_keys=(32, 64, 128, 577)),
-    _space("attention_received text-s3072-lse-bfloat16", attention_decode_keys=(32, 64, 128, 256)),
+    _space("kcenter b1-n9216-d4096-bfloat16", kcenter_candidates=(128, 192, 240), kcenter_block_tokens=(16, 64)),
+    _space("kcenter b1-n2880-d4096-float32", kcenter_gram_tokens_float32=(2048, 4096)),
+    _space("kcenter b1-n23328-d4096-bfloat16", kcenter_candidates=(160, 240)),
+    _space("attention_mass decode-b1-s3072-bfloat16", attention_decode=(0, 1)),
+    _space("attention_mass decode-b16-s3072-bfloat16", attention_decode=(0, 1), attention_decode_keys=(256, 384, 768)),
+    _space("attention_received text-s3072-bfloat16", attention_decode=(0, 1)),
+    _space("attention_mass text-s3072-h32-bfloat16", attention_decode=(0, 1), attention_prefill_lse=(0, 1)),
+    _space("attention_received cls-s577-bfloat16", attention_decode_keys=(64, 128, 256)),
+    _space("attention_received text-s3072-lse-bfloat16", attention_decode=(0, 1)),
     _space("attention_received all-s1088-bfloat16", attention_decode_unmasked=(64, 1 << 16)),
-    _space("attention_mass prefill-s3072-h28-bfloat16", attention_prefill_overlap=(0, 1)),
-    _space("pivot_cosine b1-n2880-d4096-p8-bfloat16", pivot_cosine_blocks=(1, 2, 3), pivot_cosine_stages=(4, 8)),
-    _space("attention_mass decode-b16-s3072-bfloat16", attention_decode=(0, 1)),
+    _space("kcenter b1-n576-d1024-bfloat16", kcenter_gram_tile=(64, 128), kcenter_greedy_blocks=(4, 8)),
+    _space("kcenter b8-n2880-d4096-bfloat16", kcenter_gram_tile=(128, 192), kcenter_greedy_blocks=(8, 16)),
     _space("kcenter b1-n2880-d4096-bfloat16", kcenter_gram_tokens=(2048, 16384)),
+    _space("attention_mass prefill-s3072-h28-bfloat16", attention_prefill_rows=(64, 256)),
 )  # fmt: skip

@@ -18,7 +18,7 @@ KERNELS = {
     *(f"kcenter_rounds<{element}>" for element in ELEMENTS),
     *(f"kcenter_gram_wgmma<{element}, {tile}>" for element in ELEMENTS[1:] for tile in (64, 128, 192)),
     *(f"kcenter_gram<{element}, {aligned}>" for element in ELEMENTS for aligned in ("false", "true")),
-    *(f"pivot_cosine_pass<{element}, 1, {stages}>" for element in ELEMENTS for stages in (4, 8)),
+    *(f"pivot_cosine_pass<{element}, 1, 4>" for element in ELEMENTS),
     *(f"pivot_cosine_pass<{element}, {4 if element == 'float' else 8}, 4>" for element in ELEMENTS),
     *(f"exclusive_bottomk_select<{element}, {use_lists}>" for element in ELEMENTS for use_lists in ("false", "true")),
     *(f"assign_ranks_select<{element}>" for element in ELEMENTS),
@@ -40,7 +40,7 @@ KERNELS = {
     "copy_tokens<false>",
     "copy_tokens<true>",
 }
-# Dynamic shared memory of each launch; assign_ranks and kcenter_rounds use what the GPU has, attention_decode what it can.
+# Dynamic shared memory of launches; assign_ranks, kcenter_rounds and attention_decode plan theirs by the GPU.
 DYNAMIC_BYTES = {
     "kcenter_gram<.*": "kPipelineBytes",
     "kcenter_greedy": "sizeof(GreedyShared)",

@@ -38,7 +38,9 @@ bool launch_decode(const AttentionParams<T>& params, int64_t batch, cudaStream_t
     return false;
   const int64_t bytes = decode::shared_bytes(p, warps, is_mass);
   if (bytes > max_shared_memory()) return false;
-  const int cluster = !is_mass && p.lse ? 1 : p.splits;
+  const bool exchange = is_mass || !p.lse;
+  if (exchange && p.splits == 1) return false;  // st.async in a launch without clusters faulted on an H200
+  const int cluster = exchange ? p.splits : 1;
   const LaunchConfig config{batch * p.key_heads * p.splits, 32 * warps, size_t(bytes), cluster};
   if (is_mass) p.head_dim == 64 ? launch_mass<T, 64>(p, config, stream) : launch_mass<T, 128>(p, config, stream);
   else p.head_dim == 64 ? launch_received<T, 64>(p, config, stream) : launch_received<T, 128>(p, config, stream);

@@ -653,10 +653,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps) mass_with_lse(const __grid_con
 
 // ---- plan
 
-// Splits the keys of a key head over a cluster; `warps` of a block. False if the keys do not fit.
+// Splits the keys of a key head over a cluster, of two blocks at least if there are enough keys; `warps` of a block.
+// False if the keys do not fit.
 template <class T>
 bool plan(AttentionParams<T>& p, int& warps, int min_keys) {
-  p.splits = std::bit_ceil(unsigned(std::clamp((p.keys + min_keys - 1) / min_keys, 1, kMaxSplits)));
+  const int fewest = p.keys > 32 ? 2 : 1;
+  p.splits = std::bit_ceil(unsigned(std::clamp((p.keys + min_keys - 1) / min_keys, fewest, kMaxSplits)));
   set_keys_per_split(p);
   warps = std::max(4, (p.keys_per_split + kWarpKeys - 1) / kWarpKeys);
   return warps <= kMaxWarps;

@@ -10,54 +10,22 @@ namespace pruneops {
 namespace {
 
 inline Tuned min_rows{"attention_prefill_rows", 256};         // of a key head
-inline Tuned warpgroups{"attention_prefill_warpgroups", 4};   // 2, 3, 4; bfloat16 with 128 features, lse not given
-inline Tuned turns{"attention_prefill_turns", 0};             // 0, 1, 2
 inline Tuned with_lse{"attention_prefill_lse", 0};            // whether also if lse is given
-inline Tuned overlap{"attention_prefill_overlap", 1};         // whether launches overlap
 
-constexpr int kWarpgroups = 4;
+constexpr int W = 4;  // warpgroups that consume; 2 and 3 took 169 and 142 us where 4 take 130 (S 3072, H 32)
 
-// A launch that may start before the previous one of the stream has ended (programmatic dependent launch).
-template <class T>
-void launch_dependent(void (*kernel)(prefill::Params<T>), int64_t blocks, int threads, size_t shared_bytes,
-                      cudaStream_t stream, prefill::Params<T> p) {
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "cudaFuncSetAttribute");
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "pruneops: a launch of ", blocks, " blocks");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap.value;
-  check(cudaLaunchKernelEx(&config, kernel, p), "kernel launch");
-}
-
-template <int W, int D, bool LSE, class T>
+template <int D, bool LSE, class T>
 void launch_sums(prefill::Params<T>& p, int64_t batch, cudaStream_t stream) {
   p.tiles = (p.rows() + W * prefill::kRows - 1) / (W * prefill::kRows);
-  launch_dependent(prefill::sums<T, W, D, LSE>, p.tiles * batch * p.key_heads, prefill::kSumsThreads<W>,
-                   sizeof(prefill::SumsShared<W, D>), stream, p);
+  launch(prefill::sums<T, W, D, LSE>,
+         {p.tiles * batch * p.key_heads, prefill::kSumsThreads<W>, sizeof(prefill::SumsShared<W, D>), 1, true}, stream,
+         p);
 }
 
 template <class T>
 void choose_sums(prefill::Params<T>& p, int64_t batch, cudaStream_t stream) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (p.head_dim == 128 && !p.lse && warpgroups.value == 2) return launch_sums<2, 128, false>(p, batch, stream);
-    if (p.head_dim == 128 && !p.lse && warpgroups.value == 3) return launch_sums<3, 128, false>(p, batch, stream);
-  }
-  if (p.head_dim == 64) {
-    if (p.lse) launch_sums<kWarpgroups, 64, true>(p, batch, stream);
-    else launch_sums<kWarpgroups, 64, false>(p, batch, stream);
-  } else {
-    if (p.lse) launch_sums<kWarpgroups, 128, true>(p, batch, stream);
-    else launch_sums<kWarpgroups, 128, false>(p, batch, stream);
-  }
+  if (p.head_dim == 64) p.lse ? launch_sums<64, true>(p, batch, stream) : launch_sums<64, false>(p, batch, stream);
+  else p.lse ? launch_sums<128, true>(p, batch, stream) : launch_sums<128, false>(p, batch, stream);
 }
 
 }  // namespace
@@ -80,11 +48,10 @@ template <class T>
 void launch_prefill(const AttentionParams<T>& attention, int64_t batch, void* memory, cudaStream_t stream) {
   prefill::Params<T> p{attention};
   prefill::set_workspace(p, batch, memory);
-  p.turns = turns.value;
   launch(prefill::lists<T>, {2 * batch, prefill::kListThreads, sizeof(prefill::ListShared)}, stream, p);
   choose_sums(p, batch, stream);
-  launch_dependent(prefill::reduce<T>, batch * p.heads(), prefill::kListThreads, sizeof(prefill::ReduceShared), stream,
-                   p);
+  launch(prefill::reduce<T>, {batch * p.heads(), prefill::kListThreads, sizeof(prefill::ReduceShared), 1, true}, stream,
+         p);
 }
 
 #define PRUNEOPS_PREFILL(T)                                         \

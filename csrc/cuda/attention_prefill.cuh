@@ -69,7 +69,6 @@ struct Params : AttentionParams<T> {
   int* counts;       // [B]: of counted queries
   int* positions;    // [B, Sq]: counted queries, ascending
   float* row_mass;   // [B, H, Sq, G], of counted queries
-  int turns;         // warpgroups start products 0: at any time, 1: in turn, 2: in turn as those of the last one end
 
   __host__ __device__ int key_blocks() const { return (this->keys + kKeys - 1) / kKeys; }
   __host__ __device__ int heads() const { return this->key_heads * this->ratio; }
@@ -227,7 +226,7 @@ struct alignas(1024) SumsShared {
   Total totals[kAllRows][kMaxGroups];
   int64_t offset[kAllRows];  // of the row in query
   int position[kAllRows];    // of the row's query
-  uint64_t query_full, full[kStages], empty[kStages], turn[W];
+  uint64_t query_full, full[kStages], empty[kStages];
 };
 template <int W>
 constexpr int kSumsThreads = 128 * (W + 1);
@@ -532,9 +531,6 @@ __device__ __forceinline__ void consume(const Params<T>& p, SumsShared<W, D>& sh
   const KeyBlock* list = p.blocks_of(b);
   const KeyMask* masks = p.masks_of(b);
   KeyBlock next = list[0];
-  const auto pass_turn = [&] {
-    if (lane == 0) mbarrier_arrive(&sh.turn[(warpgroup + 1) % W]);
-  };
   mbarrier_wait(&sh.query_full, 0);
 #pragma unroll 1
   for (int i = 0; i < blocks; ++i) {
@@ -542,17 +538,12 @@ __device__ __forceinline__ void consume(const Params<T>& p, SumsShared<W, D>& sh
     const KeyBlock block = next;
     next = list[i + 1];
     mbarrier_wait(&sh.full[stage], i / kStages % 2);  // even if unused: then stages are released in order
-    if (p.turns) mbarrier_wait(&sh.turn[warpgroup], (i + (warpgroup == 0)) % 2);
     if (i >= own_blocks) {
-      if (p.turns) pass_turn();
       if (lane == 0) mbarrier_arrive(&sh.empty[stage]);
       continue;
     }
     float s[kSums];
     multiply<T, D>(s, sh.query, sh.key[stage], own);
-    if (p.turns == 1) pass_turn();
-    wgmma_wait<1>();
-    if (p.turns == 2) pass_turn();
     wgmma_wait<0>();
     settle(s);
     if (lane == 0) mbarrier_arrive(&sh.empty[stage]);
@@ -581,7 +572,6 @@ __global__ void __launch_bounds__(kSumsThreads<W>, 1) sums(const __grid_constant
   if (tid == kSumsThreads<W> - 1) {
     mbarrier_init(&sh.query_full, 4);
     for (int i = 0; i < kStages; ++i) mbarrier_init(&sh.full[i], 1), mbarrier_init(&sh.empty[i], 4 * W);
-    for (int i = 0; i < W; ++i) mbarrier_init(&sh.turn[i], 4);
     mbarrier_init_fence();
   }
   dependency_wait();

@@ -17,7 +17,6 @@
 
 #include "cuda/exclusive_bottomk.cuh"
 #include "cuda/host.cuh"
-#include "cuda/tuning.h"
 
 namespace pruneops {
 
@@ -26,7 +25,6 @@ Tensor pivot_cosine(const Tensor& x, const std::optional<Tensor>& cu_seqlens, co
 
 namespace {
 
-inline Tuned overlap{"pivot_bottomk_overlap", 1};  // the selection starts while the scores are computed
 
 // Selects among the tokens whose mask value is not `excluded_value`. `dependent`: the previous launch on the stream
 // computes the scores, and may still run when this one starts.
@@ -71,7 +69,7 @@ Tensor exclusive_bottomk(const Tensor& scores, std::vector<int64_t> quotas, cons
 Tensor pivot_bottomk(const Tensor& x, const Tensor& pivots, std::vector<int64_t> quotas,
                      const std::optional<Tensor>& mask) {
   const Tensor scores = pivot_cosine(x, std::nullopt, pivots, std::nullopt, 0);
-  return select(scores, quotas, mask, false, scores.numel() > 0 && overlap.value);
+  return select(scores, quotas, mask, false, scores.numel() > 0);
 }
 
 }  // namespace

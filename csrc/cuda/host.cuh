@@ -13,10 +13,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/views.cuh"
 
@@ -38,10 +42,16 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Of the current device; asked once per device.
 inline int device_attribute(cudaDeviceAttr attribute) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][cudaDevAttrMax];  // value + 1; 0: not asked yet
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
+  std::atomic<int>& place = known[device % kDevices][attribute];
+  if (const int stored = place.load(std::memory_order_relaxed); stored > 0 && device < kDevices) return stored - 1;
   check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  if (device < kDevices) place.store(value + 1, std::memory_order_relaxed);
   return value;
 }
 inline int multiprocessor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
@@ -57,14 +67,27 @@ struct LaunchConfig {
   bool dependent = false;  // may start before the previous launch ends; its kernel calls dependency_wait()
 };
 
-// Launches on the current device. More than 48 KB of dynamic shared memory needs the function attribute first.
+// Lets a kernel have more than 48 KB of dynamic shared memory; asked for once per kernel, device and size.
+inline void allow_shared_memory(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+  most = bytes;
+}
+
+// Launches on the current device.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, cudaStream_t stream,
             const Arguments&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (config.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(config.shared_bytes)), "cudaFuncSetAttribute");
+  allow_shared_memory(function, config.shared_bytes);
   STD_TORCH_CHECK(config.blocks > 0 && config.blocks <= INT32_MAX, "pruneops: a launch of ", config.blocks, " blocks");
   cudaLaunchAttribute attributes[2]{};
   int count = 0;

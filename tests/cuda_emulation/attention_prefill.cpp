@@ -31,7 +31,7 @@ struct Call {
   float *mass, *lse_out;
   float scale;
   int32_t causal, element;  // 1 float16, 2 bfloat16
-  int32_t warpgroups, turns;
+  int32_t warpgroups;
   int32_t backwards;  // the last thread of the last block runs first
 };
 
@@ -63,7 +63,7 @@ void run(const Call& c) {
   p.scale = c.scale, p.causal = c.causal;
   p.key_heads = c.key_heads, p.ratio = c.heads / c.key_heads, p.queries = c.queries, p.keys = c.keys;
   p.head_dim = c.head_dim, p.groups = c.groups;
-  p.mass = c.mass, p.lse_out = c.lse_out, p.turns = c.turns;
+  p.mass = c.mass, p.lse_out = c.lse_out;
   emulation::GuardedBuffer memory(prefill::set_workspace(p, c.batch, nullptr));
   prefill::set_workspace(p, c.batch, memory);
 

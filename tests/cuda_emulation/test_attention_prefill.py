@@ -29,7 +29,7 @@ class Call(ctypes.Structure):
         *(("lse", POINTER), ("lse_stride", INT * 3), ("query_group", GroupArg), ("key_group", GroupArg)),
         *((name, INT) for name in ("batch", "heads", "key_heads", "queries", "keys", "head_dim", "groups")),
         *(("mass", POINTER), ("lse_out", POINTER), ("scale", ctypes.c_float)),
-        *((name, INT32) for name in ("causal", "element", "warpgroups", "turns", "backwards")),
+        *((name, INT32) for name in ("causal", "element", "warpgroups", "backwards")),
     )
 
 
@@ -44,7 +44,7 @@ def emulate(kernel):
 
     def run(
         query, key, query_group, key_group, groups, *,
-        causal=True, scale=None, lse=None, warpgroups=2, turns=0, backwards=False,
+        causal=True, scale=None, lse=None, warpgroups=2, backwards=False,
     ):  # fmt: skip
         B, H, Sq, D = query.shape
         outs = mass, lse_out = torch.full((B, H, groups, groups), torch.nan), torch.full((B, H, Sq), torch.nan)
@@ -65,7 +65,6 @@ def emulate(kernel):
             causal=causal,
             element=ELEMENTS.index(query.dtype),
             warpgroups=warpgroups,
-            turns=turns,
             backwards=backwards,
         )
         kernel(ctypes.byref(call))
@@ -76,8 +75,8 @@ def emulate(kernel):
 
 CONFIGS = {
     "2 warpgroups": {"warpgroups": 2},
-    "3, in turn, backwards": {"warpgroups": 3, "turns": 1, "backwards": True},
-    "4, in turn": {"warpgroups": 4, "turns": 2},
+    "3, backwards": {"warpgroups": 3, "backwards": True},
+    "4 warpgroups": {"warpgroups": 4},
 }
 by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
