@@ -95,6 +95,7 @@ SPACES = (
     _space("attention_mass text-s3072-h32-bfloat16", attention_decode=(0, 1), attention_prefill_lse=(0, 1)),
     _space("attention_received cls-s577-bfloat16", attention_decode_keys=(64, 128, 256)),
     _space("attention_received text-s3072-lse-bfloat16", attention_decode=(0, 1)),
+    _space("attention_received last-s3072-bfloat16", attention_decode_queries=(16, 1 << 16)),
     _space("attention_received all-s1088-bfloat16", attention_decode_unmasked=(64, 1 << 16)),
     _space("kcenter b1-n576-d1024-bfloat16", kcenter_gram_tile=(64, 128), kcenter_greedy_blocks=(4, 8)),
     _space("kcenter b8-n2880-d4096-bfloat16", kcenter_gram_tile=(128, 192), kcenter_greedy_blocks=(8, 16)),

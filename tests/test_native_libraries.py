@@ -172,11 +172,16 @@ def test_triton_first_has_valid_operators_and_shape_classes(monkeypatch):
     key = torch.empty(1, 1, 9, 64)
     for rows in (module["rows_class"], module["_mass_class"]):
         assert rows(few, key) is None and rows(many, key) == "many rows" == rows(query, key)
-    monkeypatch.setitem(module, "_is_hopper", lambda device: True)
+    received = pruneops.ops.attention_received.__globals__
+    assert received["_received_class"](query, key, query_mask=torch.ones(1, 32)) == "many rows"
+    for namespace in (module, received):
+        monkeypatch.setitem(namespace, "is_hopper", lambda device: True)
+    long_key = torch.empty(1, 1, 90, 64)
+    assert received["_received_class"](query, long_key, query_mask=torch.ones(1, 32)) is None
+    assert received["_received_class"](query, long_key) == received["_received_class"](query, key) == "many rows"
     assert module["_mass_class"](query, key) is None
     for other in (query.float(), query[..., :60], query[:, :, :30]):
         assert module["_mass_class"](other, key) == "many rows"
     assert module["_mass_class"](query, key, lse=torch.empty(1, 8, 32)) == "many rows"
     assert {shape_class for _, shape_class in backends.TRITON_FIRST} == {"many rows"}
     assert {name for name, _ in backends.TRITON_FIRST} == {"attention_mass", "attention_received"}
-

@@ -245,7 +245,7 @@ def rows_class(query: Tensor, key: Tensor, *_: Any, **__: Any) -> str | None:
 def _mass_class(query: Tensor, key: Tensor, *_: Any, lse: Tensor | None = None, **__: Any) -> str | None:
     """As `rows_class`, but many rows that the wgmma kernel of CUDA C++ takes (attention_prefill.cu) are no class."""
     shapes = query.element_size() == 2 and query.shape[-1] in (64, 128) and _rows(query, key) >= 256
-    return None if shapes and lse is None and _is_hopper(query.device) else rows_class(query, key)
+    return None if shapes and lse is None and is_hopper(query.device) else rows_class(query, key)
 
 
 def _rows(query, key):
@@ -253,7 +253,8 @@ def _rows(query, key):
 
 
 @functools.cache
-def _is_hopper(device):
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has compute capability 9.0, for which CUDA C++ has kernels of its own."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -1,12 +1,14 @@
 """Attention that every key receives: schema, argument checks, fake kernel, backends."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..checks import OPTIONAL_TENSOR, check_tensor, check_types
 from ._library import define, last_dim_contiguous
-from .attention_mass import check_heads, check_softmax_types, rows_class, softmax_types
+from .attention_mass import check_heads, check_softmax_types, is_hopper, rows_class, softmax_types
 
 
 def attention_received(
@@ -115,6 +117,12 @@ def _triton(query, key, query_mask, key_mask, causal, scale, lse):
     return kernels.attention_received(query, key, query_mask, key_mask, causal, scale, lse)
 
 
+def _received_class(query: Tensor, key: Tensor, *_: Any, query_mask: Tensor | None = None, **__: Any) -> str | None:
+    """As `rows_class`, but rows that a mask selects, mostly few, are no class where attention_decode.cu takes them."""
+    shapes = query.element_size() == 2 and query.shape[-1] in (64, 128) and 32 < key.shape[-2] <= 6144
+    return None if shapes and query_mask is not None and is_hopper(query.device) else rows_class(query, key)
+
+
 define(
     "attention_received(Tensor query, Tensor key, *, Tensor? query_mask=None, Tensor? key_mask=None,"
     " bool causal=True, float? scale=None, Tensor? lse=None) -> Tensor",
@@ -127,5 +135,5 @@ define(
         "cuda": _batched(_native),
     },
     self_checking=("cuda",),
-    shape_class=rows_class,
+    shape_class=_received_class,
 )
