@@ -19,26 +19,7 @@
 #include "cuda/primitives.cuh"
 #include "cuda/tile.cuh"
 
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
-#endif
-
 namespace pruneops {
-
-#ifdef __CUDACC__
-// 2^x with a relative error of 2^-22; 0 where it is subnormal.
-__device__ __forceinline__ float exp2_approx(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-// Keeps uses of accumulators behind the wait for their products.
-template <int COUNT>
-__device__ __forceinline__ void settle(float (&d)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-#endif
 
 namespace prefill {
 

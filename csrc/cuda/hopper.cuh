@@ -198,6 +198,13 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
+// Keeps uses of accumulators behind the wait for their products.
+template <int COUNT>
+__device__ __forceinline__ void settle(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d [64, 2 REGISTERS] = (accumulate ? d : 0) + a [64, 16] b [2 REGISTERS, 16]^T, asynchronous. d[4 j + e] of lane l of
 // warp w of the warpgroup is row 16 w + l / 4 + e / 2 * 8 and column 8 j + l % 4 * 2 + e % 2.
 template <class T, int REGISTERS>

@@ -1,5 +1,5 @@
-// Wrappers of hardware instructions: cp.async, ldmatrix, mma, cluster barriers, acquire and release. All inline PTX of
-// the package is here.
+// Wrappers of hardware instructions: cp.async, ldmatrix, mma, cluster barriers, acquire and release. All inline PTX is
+// here and in hopper.cuh.
 //
 // Without nvcc the including file defines the same functions; tests/cuda_emulation does so to run kernels on a CPU.
 
@@ -84,6 +84,13 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 PRUNEOPS_MMA(__half, "f16")
 PRUNEOPS_MMA(__nv_bfloat16, "bf16")
 #undef PRUNEOPS_MMA
+
+// 2^x with a relative error of 2^-22; 0 where it is subnormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 __device__ __forceinline__ unsigned warp_min(unsigned v) { return __reduce_min_sync(~0u, v); }
 __device__ __forceinline__ unsigned warp_sum(unsigned v) { return __reduce_add_sync(~0u, v); }

@@ -1,17 +1,6 @@
 // Runs the kernels of csrc/cuda/attention_prefill.cuh on emulated threads, with the launches of attention_prefill.cu.
 
-#include <cmath>
-
 #include "hopper.h"
-
-namespace pruneops {
-inline float exp2_approx(float x) {
-  const float result = exp2f(x);
-  return result < 0x1p-126f ? 0 : result;
-}
-template <int COUNT>
-void settle(float (&)[COUNT]) {}
-}  // namespace pruneops
 
 #include "cuda/attention_prefill.cuh"
 
@@ -31,12 +20,12 @@ struct Call {
   float *mass, *lse_out;
   float scale;
   int32_t causal, element;  // 1 float16, 2 bfloat16
-  int32_t warpgroups;
   int32_t backwards;  // the last thread of the last block runs first
 };
 
-template <class T, int W, int D, bool LSE>
+template <class T, int D, bool LSE>
 void sums(prefill::Params<T>& p, const Call& c) {
+  constexpr int W = 4;  // as in attention_prefill.cu
   p.tiles = (p.rows() + W * prefill::kRows - 1) / (W * prefill::kRows);
   emulation::run(p.tiles * c.batch * p.key_heads, prefill::kSumsThreads<W>, sizeof(prefill::SumsShared<W, D>),
                  c.backwards, [&] { prefill::sums<T, W, D, LSE>(p); });
@@ -69,15 +58,8 @@ void run(const Call& c) {
 
   emulation::run(2 * c.batch, prefill::kListThreads, sizeof(prefill::ListShared), c.backwards,
                  [&] { prefill::lists<T>(p); });
-  const auto by_dim = [&]<int W, bool LSE> {
-    c.head_dim == 64 ? sums<T, W, 64, LSE>(p, c) : sums<T, W, 128, LSE>(p, c);
-  };
-  const auto by_lse = [&]<int W> {
-    c.lse ? by_dim.template operator()<W, true>() : by_dim.template operator()<W, false>();
-  };
-  if (c.warpgroups == 2) by_lse.template operator()<2>();
-  else if (c.warpgroups == 3) by_lse.template operator()<3>();
-  else by_lse.template operator()<4>();
+  if (c.head_dim == 64) c.lse ? sums<T, 64, true>(p, c) : sums<T, 64, false>(p, c);
+  else c.lse ? sums<T, 128, true>(p, c) : sums<T, 128, false>(p, c);
   emulation::run(c.batch * c.heads, prefill::kListThreads, sizeof(prefill::ReduceShared), c.backwards,
                  [&] { prefill::reduce<T>(p); });
 }

@@ -192,6 +192,8 @@ void wgmma(float (&d)[REGISTERS], uint64_t a, uint64_t b, bool accumulate) {
     }
   });
 }
+template <int COUNT>
+void settle(float (&)[COUNT]) {}
 template <int REGISTERS>
 void release_registers() {}
 template <int REGISTERS>

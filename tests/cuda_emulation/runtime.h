@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -309,6 +310,11 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b
       d[e] += value_of<T>(va.bits) * value_of<T>(vb.bits);
     }
   }
+}
+
+inline float exp2_approx(float x) {
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0 : result;
 }
 
 inline unsigned warp_min(unsigned v) {

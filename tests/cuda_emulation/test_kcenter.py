@@ -194,7 +194,7 @@ def test_more_seeds_than_candidates(emulate, variant):
 
 @pytest.mark.parametrize("shape", (dict(work_kb=24, candidates=100), dict(candidates=256, blocks=4)))
 @pytest.mark.parametrize("levels", (2, 9))  # of a feature: many ties, few ties
-@by_dtype
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_many_tokens(emulate, shape, levels, dtype):
     """A copy of the scores in shared memory or not; ranges of scores and of equal scores' indices that are divided."""
     x = torch.randint(0, levels, (1, 5000, 8), generator=torch.Generator().manual_seed(0)).to(dtype)
