@@ -98,6 +98,7 @@ __host__ __device__ inline int gram_pairs(int side) { return side + side / 2 * (
 template <class T, int TILE>
 __global__ void __launch_bounds__(kGramThreads<TILE>, 1)
     kcenter_gram_wgmma(const __grid_constant__ TensorMap map, int width, GramOutput to) {
+#if !defined(__CUDA_ARCH__) || defined(PRUNEOPS_SM90A)
   using Shared = GramShared<TILE>;
   constexpr int kStages = kGramStages<TILE>, kConsumers = TILE / 64, kHalf = TILE / 2;
   Shared& sh = shared<Shared>();
@@ -172,6 +173,7 @@ __global__ void __launch_bounds__(kGramThreads<TILE>, 1)
     cluster_arrive_relaxed();
     cluster_wait();
   }
+#endif
 }
 
 // ---- greedy
