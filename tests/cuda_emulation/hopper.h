@@ -124,14 +124,6 @@ void store_async(V* to, V value, uint64_t* barrier, unsigned block) {
   });
 }
 
-inline void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-  if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes % 16) emulation::fail("bulk_copy: not aligned to 16 bytes");
-  emulation::shared_offset(*emulation::current->block, static_cast<char*>(to) + bytes - 1);
-  emulation::add_copy(barrier, [=] {
-    memcpy(to, from, bytes);
-    return int64_t(bytes);
-  });
-}
 inline void tensor_copy(void* to, const TensorMap& map, int feature, int row, int batch, uint64_t* barrier) {
   auto& block = *emulation::current->block;
   const size_t offset = emulation::shared_offset(block, to);
@@ -149,7 +141,6 @@ inline void tensor_multicast(void* to, const TensorMap& map, int feature, int ro
                         [=, &block] { return emulation::copy_box(block, offset, map, feature, row, batch); });
   }
 }
-inline void prefetch_tensor_map(const TensorMap&) {}
 inline void fence_proxy_async() {}
 inline void dependency_wait() {}
 inline void dependents_launch() {}
@@ -198,13 +189,5 @@ template <int REGISTERS>
 void release_registers() {}
 template <int REGISTERS>
 void acquire_registers() {}
-
-inline void named_barrier(int barrier, int threads) {
-  if (barrier < 1 || barrier > 15 || threads % 32) emulation::fail("named_barrier: no such barrier");
-  static std::map<std::pair<const emulation::Block*, int>, emulation::Barrier> barriers;
-  auto& state = barriers[{emulation::current->block, barrier}];
-  state.size = threads;
-  emulation::arrive_and_wait(state);
-}
 
 }  // namespace pruneops
